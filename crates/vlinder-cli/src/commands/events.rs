@@ -1,0 +1,70 @@
+//! `vlinder events`: what changes, as it changes.
+
+use super::Cx;
+use crate::error::Error;
+use crate::{json, text};
+use futures::StreamExt;
+use serde_json::Value;
+use vlinder_proto::harness::{Event, EventsRequest};
+
+/// Prints events until the connection breaks.
+pub async fn run(cx: &Cx<'_>, prefix: String) -> Result<(), Error> {
+    let request = EventsRequest {
+        prefix,
+        ..Default::default()
+    };
+    let mut events = cx.client.events(request).await?;
+    while let Some(event) = events.next().await {
+        let event = event?;
+        match cx.out.json {
+            true => cx.out.value_line(&value(&event))?,
+            false => cx.out.line(&text::safe_line(&of_people(&event)))?,
+        }
+    }
+    Err(Error::NoWorker(
+        "the harness ended the stream: it drains".to_owned(),
+    ))
+}
+
+/// `{id, name, time_ms, data: {…}}`
+fn value(event: &Event) -> Value {
+    let mut value = json::of(event);
+    value["data"] = json::embedded(&event.data);
+    value
+}
+
+fn of_people(event: &Event) -> String {
+    let mut line = format!("{}  {:<16}", text::timestamp(event.time_ms), event.name);
+    if let Value::Object(fields) = json::embedded(&event.data) {
+        for (name, field) in &fields {
+            let field = match field {
+                Value::Null => continue,
+                Value::String(text) if text.is_empty() => continue,
+                Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            line.push_str(&format!(" {name}={}", text::brief(&field, 80)));
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn data_is_no_string() {
+        let event = Event {
+            id: "log:7".into(),
+            name: "turn.ended".into(),
+            time_ms: 1,
+            data: r#"{"outcome":"done","reason":"","n":3}"#.into(),
+        };
+        let shown = value(&event);
+        let expected = json!({"id": "log:7", "name": "turn.ended", "time_ms": 1, "data": {"outcome": "done", "reason": "", "n": 3}});
+        assert_eq!(shown, expected);
+        assert!(of_people(&event).ends_with("turn.ended       outcome=done n=3"));
+    }
+}

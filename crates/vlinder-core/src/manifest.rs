@@ -1,0 +1,416 @@
+//! `agent.toml` (interfaces.md §4), read strictly: an unknown key is an error, and so is a value
+//! that says nothing. All mistakes of a file are reported at once.
+
+use crate::ids::{AgentName, NodeName};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// Most replicas that one manifest may ask for.
+pub const REPLICAS_MAX: u32 = 256;
+/// Most invocations that one replica may serve at once.
+pub const CONCURRENCY_MAX: u32 = 1024;
+/// How long a turn may take where neither the manifest nor the client says.
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
+/// The longest a turn may take.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Largest manifest, in bytes.
+pub const MANIFEST_BYTES_MAX: usize = 256 * 1024;
+
+/// How an agent is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuntimeKind {
+    /// A Docker container.
+    Container,
+    /// A child process of the runtime worker.
+    Process,
+    /// An AWS Lambda function.
+    Lambda,
+}
+
+/// A checked agent manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentManifest {
+    /// Its name; redeploying a name replaces it.
+    pub name: AgentName,
+    /// What it is for, in a sentence.
+    pub description: String,
+    /// How it is run.
+    pub runtime: RuntimeKind,
+    /// Image reference, command line or function, by runtime.
+    pub executable: String,
+    /// Where its source lives; shown, not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Where its key-value store lives, e.g. `sqlite://notes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_storage: Option<String>,
+    /// Where its vectors live.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector_storage: Option<String>,
+    /// How many instances run at once.
+    #[serde(default = "one")]
+    pub replicas: u32,
+    /// How many turns one instance serves at once.
+    #[serde(default = "one")]
+    pub concurrency: u32,
+    /// How long a turn may take, e.g. `90s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<String>,
+    /// What it needs.
+    #[serde(default)]
+    pub requirements: Requirements,
+    /// Where it may run.
+    #[serde(default)]
+    pub placement: Placement,
+    /// How much it may take.
+    #[serde(default)]
+    pub resources: Resources,
+    /// Named prompts, handed to the agent.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub prompts: BTreeMap<String, String>,
+}
+
+/// `[requirements]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Requirements {
+    /// Models by alias, or just their names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub models: Option<Models>,
+    /// Services by kind: `infer`, `embed`, `kv`, `vec`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub services: BTreeMap<String, ServiceNeed>,
+    /// Mounts by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub mounts: BTreeMap<String, Mount>,
+    /// Hosts it may reach outside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub egress: Vec<String>,
+    /// Secrets it may read, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<String>,
+}
+
+impl Requirements {
+    /// Every model that is named anywhere in them.
+    pub fn model_names(&self) -> BTreeSet<&str> {
+        let mut names: BTreeSet<&str> = match &self.models {
+            Some(Models::Table(models)) => models.values().map(String::as_str).collect(),
+            Some(Models::List(models)) => models.iter().map(String::as_str).collect(),
+            None => BTreeSet::new(),
+        };
+        let services = self.services.values();
+        names.extend(services.flat_map(|service| service.models.iter().map(String::as_str)));
+        names
+    }
+}
+
+/// `requirements.models`: a table or an array.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Models {
+    /// alias = model
+    Table(BTreeMap<String, String>),
+    /// names alone
+    List(Vec<String>),
+}
+
+/// `requirements.services.<kind>`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceNeed {
+    /// Who serves it: `ollama`, `openai`, `sqlite` ….
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<String>,
+    /// Which wire format the agent speaks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
+    /// Which models it uses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
+}
+
+/// `requirements.mounts.<name>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mount {
+    /// `bucket/prefix`.
+    pub s3: String,
+    /// Where it appears in the container.
+    pub path: String,
+    /// Another S3-compatible server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// The secret with its credentials.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+}
+
+/// `[placement]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Placement {
+    /// Labels a node must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The one node it may run on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeName>,
+}
+
+/// `[resources]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resources {
+    /// e.g. `512MiB`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// e.g. `1.5`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<f64>,
+    /// Most processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u32>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// What is wrong with a manifest: every mistake, one a line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct ManifestError(pub Vec<String>);
+
+impl AgentManifest {
+    /// Reads and checks a manifest.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        if text.len() > MANIFEST_BYTES_MAX {
+            return Err(ManifestError(vec![format!(
+                "the manifest has {} bytes: expected at most {MANIFEST_BYTES_MAX}",
+                text.len()
+            )]));
+        }
+        let manifest: Self = toml::from_str(text)
+            .map_err(|error| ManifestError(vec![error.to_string().trim().to_owned()]))?;
+        let mistakes = manifest.mistakes();
+        if mistakes.is_empty() {
+            Ok(manifest)
+        } else {
+            Err(ManifestError(mistakes))
+        }
+    }
+
+    /// Everything that is wrong with the values, in words.
+    pub fn mistakes(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.description.trim().is_empty() {
+            found.push("description: expected a sentence, found nothing".to_owned());
+        }
+        if self.executable.trim().is_empty() {
+            found.push(
+                "executable: expected an image, a command line or a function, found nothing"
+                    .to_owned(),
+            );
+        }
+        if self.executable.bytes().any(|b| b == 0 || b == b'\n') {
+            found.push("executable: expected one line without NUL".to_owned());
+        }
+        if self.replicas > REPLICAS_MAX {
+            found.push(format!(
+                "replicas = {}: expected 0 to {REPLICAS_MAX}",
+                self.replicas
+            ));
+        }
+        if self.concurrency == 0 || self.concurrency > CONCURRENCY_MAX {
+            found.push(format!(
+                "concurrency = {}: expected 1 to {CONCURRENCY_MAX}",
+                self.concurrency
+            ));
+        }
+        if let Some(text) = &self.timeout {
+            match humantime::parse_duration(text) {
+                Ok(value) if value.is_zero() || value > TIMEOUT_MAX => {
+                    found.push(format!(
+                        "timeout = {text:?}: expected more than 0 and at most 24h"
+                    ));
+                }
+                Ok(_) => {}
+                Err(error) => found.push(format!(
+                    "timeout = {text:?}: expected a duration such as 90s: {error}"
+                )),
+            }
+        }
+        for (key, value) in [
+            ("object_storage", &self.object_storage),
+            ("vector_storage", &self.vector_storage),
+        ] {
+            if let Some(Err(reason)) = value.as_deref().map(StoreUri::parse) {
+                found.push(format!(
+                    "{key} = {:?}: {reason}",
+                    value.as_deref().unwrap_or_default()
+                ));
+            }
+        }
+        for kind in self.requirements.services.keys() {
+            if !["infer", "embed", "kv", "vec"].contains(&kind.as_str()) {
+                found.push(format!(
+                    "requirements.services.{kind}: expected infer, embed, kv or vec"
+                ));
+            }
+        }
+        found
+    }
+
+    /// How long a turn may take.
+    pub fn timeout(&self) -> Duration {
+        let parsed = self
+            .timeout
+            .as_deref()
+            .and_then(|text| humantime::parse_duration(text).ok());
+        parsed.unwrap_or(TIMEOUT_DEFAULT)
+    }
+
+    /// Whether the manifest lets the agent use an inference backend.
+    pub fn may_infer(&self, backend: &str) -> bool {
+        let declared = |kind: &str| self.requirements.services.get(kind);
+        let by_service = ["infer", "embed"]
+            .into_iter()
+            .filter_map(declared)
+            .any(|need| {
+                need.provider
+                    .as_deref()
+                    .is_none_or(|provider| provider == backend)
+            });
+        by_service || (self.requirements.services.is_empty() && self.requirements.models.is_some())
+    }
+
+    /// The store behind the agent's kv calls, if it has one.
+    pub fn object_store(&self) -> Option<StoreUri> {
+        let declared = self
+            .object_storage
+            .as_deref()
+            .and_then(|uri| StoreUri::parse(uri).ok());
+        declared.or_else(|| self.default_store("kv"))
+    }
+
+    /// The store behind the agent's vector calls, if it has one.
+    pub fn vector_store(&self) -> Option<StoreUri> {
+        let declared = self
+            .vector_storage
+            .as_deref()
+            .and_then(|uri| StoreUri::parse(uri).ok());
+        declared.or_else(|| self.default_store("vec"))
+    }
+
+    /// `[requirements.services.kv]` without a store means a SQLite store named after the agent.
+    fn default_store(&self, service: &str) -> Option<StoreUri> {
+        self.requirements.services.get(service)?;
+        Some(StoreUri {
+            scheme: "sqlite".to_owned(),
+            path: self.name.to_string(),
+        })
+    }
+}
+
+/// Where a store lives: `sqlite://path`, `nats://bucket`, `s3://bucket/prefix`, `memory://name`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreUri {
+    /// `sqlite`, `nats`, `s3` or `memory`.
+    pub scheme: String,
+    /// What comes after `://`, 1 to 200 printable characters; the id of the store.
+    pub path: String,
+}
+
+impl StoreUri {
+    /// Reads a store address.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let rule = "expected sqlite://path, nats://bucket, s3://bucket/prefix or memory://name";
+        let (scheme, path) = text.split_once("://").ok_or(rule)?;
+        if !["sqlite", "nats", "s3", "memory"].contains(&scheme) {
+            return Err(rule.to_owned());
+        }
+        let printable = path.bytes().all(|b| b > 0x20 && b < 0x7f);
+        if path.is_empty() || path.len() > 200 || !printable {
+            return Err(
+                "expected 1 to 200 printable characters without blanks after ://".to_owned(),
+            );
+        }
+        Ok(Self {
+            scheme: scheme.to_owned(),
+            path: path.to_owned(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = r#"
+        name = "echo"
+        description = "Says it again."
+        runtime = "process"
+        executable = "python3 agent.py"
+    "#;
+
+    #[test]
+    fn the_smallest_manifest_has_defaults() {
+        let manifest = AgentManifest::parse(MINIMAL).unwrap();
+        assert_eq!((manifest.replicas, manifest.concurrency), (1, 1));
+        assert_eq!(manifest.timeout(), TIMEOUT_DEFAULT);
+        assert_eq!(manifest.object_store(), None);
+        assert!(!manifest.may_infer("ollama"));
+    }
+
+    #[test]
+    fn services_and_stores_are_read() {
+        let text = format!(
+            "object_storage = \"sqlite://notes\"\ntimeout = \"90s\"\n{MINIMAL}\n\
+             [requirements]\nmodels = [\"smollm2\"]\n\
+             [requirements.services.infer]\nprovider = \"ollama\"\nmodels = [\"smollm2\"]\n\
+             [requirements.services.vec]\n"
+        );
+        let manifest = AgentManifest::parse(&text).unwrap();
+        assert_eq!(manifest.object_store().unwrap().path, "notes");
+        assert_eq!(manifest.vector_store().unwrap().path, "echo");
+        assert!(manifest.may_infer("ollama"));
+        assert!(!manifest.may_infer("openai"));
+        assert_eq!(manifest.timeout().as_secs(), 90);
+    }
+
+    #[test]
+    fn every_mistake_is_named() {
+        let text = r#"
+            name = "echo"
+            description = " "
+            runtime = "process"
+            executable = ""
+            replicas = 1000
+            concurrency = 0
+            timeout = "soon"
+            object_storage = "ftp://x"
+            [requirements.services.fly]
+        "#;
+        let error = AgentManifest::parse(text).unwrap_err();
+        assert_eq!(error.0.len(), 7, "{error}");
+    }
+
+    #[test]
+    fn hostile_manifests_are_refused() {
+        for bad in [
+            "name = \"../../etc\"\ndescription=\"d\"\nruntime=\"process\"\nexecutable=\"x\"",
+            "name = \"a\"\ndescription=\"d\"\nruntime=\"magic\"\nexecutable=\"x\"",
+            "name = \"a\"\ndescription=\"d\"\nruntime=\"process\"\nexecutable=\"x\"\nbogus=1",
+            "\u{0}",
+            "[[[[[",
+            "",
+        ] {
+            assert!(AgentManifest::parse(bad).is_err(), "{bad:?} was accepted");
+        }
+        assert!(AgentManifest::parse(&"#".repeat(MANIFEST_BYTES_MAX + 1)).is_err());
+    }
+}

@@ -1,0 +1,99 @@
+//! How a replica is started: the one thing in which runtimes differ.
+//!
+//! A launcher brings an agent's files or image to this node and starts instances of it. Everything
+//! else (who runs which replica, health, restarts, turns, the bridge) is the same for all runtimes.
+
+use async_trait::async_trait;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use vlinder_core::AgentName;
+use vlinder_core::manifest::{AgentManifest, RuntimeKind};
+use vlinder_worker::infra::AgentVersion;
+
+/// A deployed version of an agent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Deployment {
+    /// The sequence of its infra event: grows with every deployment.
+    pub version: u64,
+    /// Manifest and bundle.
+    pub agent: AgentVersion,
+}
+
+impl Deployment {
+    /// The agent's manifest.
+    pub fn manifest(&self) -> &AgentManifest {
+        &self.agent.manifest
+    }
+
+    /// The agent's name.
+    pub fn name(&self) -> &AgentName {
+        &self.agent.manifest.name
+    }
+}
+
+/// What a launcher needs to know of one instance.
+#[derive(Debug, Clone)]
+pub struct LaunchSpec {
+    /// What to run.
+    pub deployment: Arc<Deployment>,
+    /// Which replica of it, from 0.
+    pub replica: u32,
+    /// The secret by which the bridge knows this instance: one path segment.
+    pub secret: String,
+    /// Where the bridge listens.
+    pub bridge: SocketAddr,
+}
+
+/// How an instance ended, in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit(pub String);
+
+/// Why an instance could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The agent's files cannot be had or are not acceptable.
+    #[error("{0}")]
+    Bundle(#[from] crate::bundle::Error),
+    /// The manifest's command cannot be run.
+    #[error("cannot run {command:?}: {reason}")]
+    Command {
+        /// The command.
+        command: String,
+        /// Why not.
+        reason: String,
+    },
+    /// Something of the node's own failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// Starts instances of agents.
+#[async_trait]
+pub trait Launcher: Send + Sync + 'static {
+    /// Which agents it runs.
+    fn kind(&self) -> RuntimeKind;
+    /// Starts one instance. It need not listen yet when this returns.
+    async fn launch(&self, spec: &LaunchSpec) -> Result<Box<dyn Instance>, LaunchError>;
+    /// The last lines that an instance printed, for messages that say why it ended.
+    fn last_lines(&self, spec: &LaunchSpec) -> Vec<String>;
+    /// The agent is no longer deployed and nothing of it runs here: removes what it left.
+    async fn forget(&self, agent: &AgentName);
+}
+
+/// A running instance. Dropping it ends it at once, with everything that it started.
+#[async_trait]
+pub trait Instance: Send + 'static {
+    /// Where it serves HTTP.
+    fn address(&self) -> SocketAddr;
+    /// Its process id, 0 where there is none on this machine.
+    fn pid(&self) -> u32;
+    /// Waits until it has ended. Cancel-safe.
+    async fn exited(&mut self) -> Exit;
+    /// Asks it to end, and ends it where it does not do so soon.
+    async fn stop(self: Box<Self>);
+}

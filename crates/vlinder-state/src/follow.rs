@@ -1,0 +1,270 @@
+//! The follower: reads both streams from their cursors and applies what comes, in batches.
+//!
+//! A batch is what is ready, up to a bound; while one commits, the next one gathers. Before it
+//! follows, it compares its cursors with the log (created, last sequence, node there): if they do
+//! not fit, the log is another one, and the projection begins anew. It goes on through outages of
+//! the bus and a full disk; meanwhile reads say by how much the projection lags.
+
+use crate::apply::{Cursor, Item, Source, apply_batch, read_cursor};
+use crate::db::Writer;
+use crate::error::{Error, chain};
+use crate::projection::{Applied, Projection};
+use futures::stream::{self, BoxStream};
+use futures::{FutureExt, StreamExt};
+use rusqlite::Connection;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Messages applied in one transaction: a few milliseconds of work.
+const BATCH_ITEMS_MAX: usize = 512;
+/// Bytes of messages gathered for one transaction.
+const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// First and longest pause after a failure.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Keeps a [`Projection`] current while it runs.
+pub struct Follower {
+    projection: Projection,
+    /// Absent while a thread has it, and after that thread panicked.
+    writer: Option<Writer>,
+}
+
+type Items = BoxStream<'static, Result<Item, Error>>;
+
+impl Follower {
+    pub(crate) fn new(projection: Projection, writer: Writer) -> Self {
+        Self {
+            projection,
+            writer: Some(writer),
+        }
+    }
+
+    /// Follows until `drain` is cancelled, or the bus is closed.
+    pub async fn run(mut self, drain: CancellationToken) -> Result<(), Error> {
+        let mut pause = PAUSE.0;
+        loop {
+            let before = self.projection.applied();
+            let round = tokio::select! {
+                biased;
+                () = drain.cancelled() => return Ok(()),
+                round = self.round() => round,
+            };
+            match round {
+                Ok(()) => continue,
+                Err(Error::Bus(vlinder_bus::Error::Closed)) => {
+                    return Err(Error::Bus(vlinder_bus::Error::Closed));
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), ?pause, "the projection stands still");
+                    if error.is_damage() {
+                        let generation = self.projection.0.db.generation();
+                        self.projection
+                            .0
+                            .damaged
+                            .store(generation, Ordering::SeqCst);
+                    }
+                }
+            }
+            if self.projection.applied() != before {
+                pause = PAUSE.0;
+            }
+            tokio::select! {
+                () = drain.cancelled() => return Ok(()),
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// Follows until the cursors must be compared with the log again.
+    async fn round(&mut self) -> Result<(), Error> {
+        let damaged = self.projection.0.damaged.load(Ordering::SeqCst);
+        if damaged == self.projection.0.db.generation() {
+            self.start_over("its file is damaged").await?;
+        }
+        let (created_ms, from) = self.fit().await?;
+        let mut items = self.items(from).await?;
+        let projection = self.projection.clone();
+        loop {
+            let batch = tokio::select! {
+                biased;
+                () = projection.0.recheck.notified() => return Ok(()),
+                batch = next_batch(&mut items) => batch?,
+            };
+            self.apply(created_ms, batch.items).await?;
+            if let Some(error) = batch.broken {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Makes sure that the projection is one of this log. Returns when the streams were created,
+    /// and up to where they are applied.
+    async fn fit(&mut self) -> Result<([u64; 2], Applied), Error> {
+        let mut created_ms = [0; 2];
+        let mut applied = Applied::default();
+        for source in [Source::Log, Source::Ctl] {
+            let ns = self.projection.0.ns.clone();
+            let stream = source.stream(&ns);
+            let info = self.projection.0.bus.stream_info(&stream).await?;
+            created_ms[source.code() as usize] = info.created_ms;
+            let cursor = self
+                .write(move |connection| read_cursor(connection, &ns, source))
+                .await?;
+            let Some(cursor) = cursor else { continue };
+            if let Some(reason) = self.misfit(source, &info, &cursor).await? {
+                self.start_over(reason).await?;
+                return Box::pin(self.fit()).await;
+            }
+            applied.set(source, cursor.seq);
+        }
+        self.projection.0.applied.send_replace(applied);
+        Ok((created_ms, applied))
+    }
+
+    /// Why a cursor is not one of this log, if so.
+    // `&mut`, as below: a connection is `Send`, a reference to one is not.
+    async fn misfit(
+        &mut self,
+        source: Source,
+        info: &vlinder_bus::StreamInfo,
+        cursor: &Cursor,
+    ) -> Result<Option<&'static str>, Error> {
+        if info.created_ms != cursor.created_ms {
+            return Ok(Some("the log was made anew"));
+        }
+        if info.last_seq < cursor.seq {
+            return Ok(Some("the log is shorter than what was read from it"));
+        }
+        if cursor.seq < info.first_seq {
+            // Trimmed since. What is here cannot be read again, and must not be thrown away.
+            return Ok(None);
+        }
+        let stream = source.stream(&self.projection.0.ns);
+        let there = match self.projection.0.bus.get(&stream, cursor.seq).await {
+            Ok(stored) => stored.map(|stored| stored.hash),
+            // Damaged since, or it always was: no sign of another log, and what is here is the better copy.
+            Err(vlinder_bus::Error::Undecodable { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let same = there == cursor.hash;
+        Ok((!same).then_some("the log has another node at the cursor"))
+    }
+
+    async fn start_over(&mut self, reason: &str) -> Result<(), Error> {
+        tracing::warn!(reason, "the projection is rebuilt from the log");
+        self.writer = None;
+        let db = self.projection.0.db.clone();
+        let writer = tokio::task::spawn_blocking(move || db.start_over()).await;
+        self.writer = Some(writer.map_err(|_| Error::Panicked)??);
+        self.projection.0.rebuilds.fetch_add(1, Ordering::Relaxed);
+        self.projection.0.applied.send_replace(Applied::default());
+        Ok(())
+    }
+
+    async fn items(&mut self, from: Applied) -> Result<Items, Error> {
+        let log = self.follow(Source::Log, from.log + 1).await?;
+        let ctl = self.follow(Source::Ctl, from.ctl + 1).await?;
+        Ok(stream::select(log, ctl).boxed())
+    }
+
+    async fn follow(&mut self, source: Source, from: u64) -> Result<Items, Error> {
+        let inner = &self.projection.0;
+        let filter = vlinder_bus::subjects::all_of(&inner.ns);
+        let nodes = inner
+            .bus
+            .follow(&source.stream(&inner.ns), &filter, from)
+            .await?;
+        let items = nodes.map(move |node| match node {
+            Ok(stored) => Ok(Item::Node(source, Box::new(stored))),
+            Err(vlinder_bus::Error::Undecodable { seq, reason, .. }) => Ok(Item::Unreadable {
+                source,
+                seq,
+                reason,
+            }),
+            Err(error) => Err(Error::Bus(error)),
+        });
+        // One stream that ends must not leave the other one followed alone.
+        let ended = stream::once(async { Err(stream_ended()) });
+        Ok(items.chain(ended).boxed())
+    }
+
+    async fn apply(&mut self, created_ms: [u64; 2], batch: Vec<Item>) -> Result<(), Error> {
+        let mut applied = self.projection.applied();
+        for item in &batch {
+            applied.set(item.source(), item.seq());
+        }
+        let ns = self.projection.0.ns.clone();
+        for source in [Source::Log, Source::Ctl] {
+            // The embedded log delivers before it commits. What it loses in a crash must not be here.
+            let last = batch.iter().rfind(|item| item.source() == source);
+            if let Some(last) = last {
+                let stream = source.stream(&ns);
+                self.projection.0.bus.settled(&stream, last.seq()).await?;
+            }
+        }
+        self.write(move |connection| apply_batch(connection, &ns, created_ms, &batch))
+            .await?;
+        self.projection.0.applied.send_replace(applied);
+        Ok(())
+    }
+
+    /// Works on the writing connection in a thread.
+    async fn write<T, F>(&mut self, work: F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Connection) -> Result<T, Error> + Send + 'static,
+    {
+        let taken = self.writer.take();
+        let db = self.projection.0.db.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let mut writer = match taken {
+                Some(writer) => writer,
+                None => db.reopen()?,
+            };
+            let outcome = work(&mut writer.0);
+            Ok::<_, Error>((writer, outcome))
+        });
+        let (writer, outcome) = done.await.map_err(|_| Error::Panicked)??;
+        self.writer = Some(writer);
+        outcome
+    }
+}
+
+/// What was gathered, and the failure that ended the gathering.
+struct Batch {
+    items: Vec<Item>,
+    broken: Option<Error>,
+}
+
+/// Waits for a message and takes what else is ready. Cancel-safe: it waits only for the first.
+async fn next_batch(items: &mut Items) -> Result<Batch, Error> {
+    let first = items.next().await.ok_or_else(stream_ended)??;
+    let mut bytes = first.weight();
+    let mut batch = Batch {
+        items: vec![first],
+        broken: None,
+    };
+    while batch.items.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
+        match items.next().now_or_never() {
+            Some(Some(Ok(item))) => {
+                bytes += item.weight();
+                batch.items.push(item);
+            }
+            Some(Some(Err(error))) => {
+                batch.broken = Some(error);
+                break;
+            }
+            Some(None) | None => break,
+        }
+    }
+    Ok(batch)
+}
+
+/// A stream of the log that ended without saying why is followed again.
+fn stream_ended() -> Error {
+    Error::Bus(vlinder_bus::Error::Timeout {
+        operation: "following the log",
+    })
+}

@@ -1,0 +1,137 @@
+//! The turns of a line: from the last one of a branch back through `previous`, across forks.
+//!
+//! `turns.previous` was resolved when the turn was applied, to a turn of the same session that came
+//! before it in the log. So the walk ends, and each step is one look into a table by its key.
+
+use super::calls::{self, Call};
+use super::{NODE_COLUMNS, NodeRow, node_columns};
+use crate::apply::node_hash;
+use crate::error::Error;
+use crate::number::number;
+use rusqlite::{Connection, Row};
+use vlinder_core::NodeHash;
+
+/// A turn with its invoke and its end.
+#[derive(Debug, Clone)]
+pub(crate) struct TurnRow {
+    pub id: i64,
+    pub submission: String,
+    pub agent: String,
+    pub session: String,
+    pub branch: String,
+    pub timeout_ms: u64,
+    /// The turn before it on its line.
+    pub previous: Option<i64>,
+    pub invoke: NodeRow,
+    pub end: Option<EndRow>,
+}
+
+/// The end of a turn, or one that came too late.
+#[derive(Debug, Clone)]
+pub(crate) struct EndRow {
+    pub node: NodeRow,
+    pub outcome: String,
+    pub code: String,
+    pub state: Option<NodeHash>,
+}
+
+/// What [`TurnRow::read`] wants, from `turns t`, `nodes i`, `nodes e` and `ends x`.
+pub(crate) const TURN_COLUMNS: &str = concat!(
+    "t.id, t.submission, t.agent, t.session, t.branch, t.timeout_ms, t.previous, ",
+    node_columns!("i", "i.body"),
+    ", x.outcome, x.code, x.state, ",
+    node_columns!("e", "e.body")
+);
+/// The joins that go with [`TURN_COLUMNS`].
+pub(crate) const TURN_JOINS: &str = "JOIN nodes i ON i.id = t.invoke
+    LEFT JOIN nodes e ON e.id = t.end_node LEFT JOIN ends x ON x.node = t.end_node";
+
+impl TurnRow {
+    pub fn read(row: &Row<'_>) -> Result<Self, Error> {
+        let end_at = 7 + NODE_COLUMNS;
+        let end = match row.get::<_, Option<String>>(end_at)? {
+            Some(outcome) => Some(EndRow {
+                outcome,
+                code: row.get(end_at + 1)?,
+                state: optional_hash(row, end_at + 2)?,
+                node: NodeRow::read(row, end_at + 3)?,
+            }),
+            None => None,
+        };
+        Ok(Self {
+            id: row.get(0)?,
+            submission: row.get(1)?,
+            agent: row.get(2)?,
+            session: row.get(3)?,
+            branch: row.get(4)?,
+            timeout_ms: number(row, 5)?,
+            previous: row.get(6)?,
+            invoke: NodeRow::read(row, 7)?,
+            end,
+        })
+    }
+
+    /// Roughly what it takes in an answer whose texts are cut to `text_max`, in bytes.
+    fn weight(&self, text_max: u64) -> u64 {
+        let output = self.end.as_ref().map_or(0, |end| end.node.body_len);
+        400 + self.invoke.body_len.min(text_max) + output.min(text_max)
+    }
+}
+
+/// A hash column that may be NULL.
+pub(crate) fn optional_hash(row: &Row<'_>, at: usize) -> Result<Option<NodeHash>, Error> {
+    let bytes: Option<Vec<u8>> = row.get(at)?;
+    bytes.map(|bytes| node_hash(&bytes)).transpose()
+}
+
+/// How much of a line is read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    pub turns: usize,
+    /// Of the answer; the first turn is read whatever it takes.
+    pub bytes: u64,
+    /// Of each text in the answer.
+    pub text: u64,
+    /// Calls of each turn that are shown.
+    pub calls: usize,
+}
+
+/// A part of a line.
+#[derive(Debug, Default)]
+pub(crate) struct Line {
+    /// Oldest first, with the calls and how many there are of them.
+    pub turns: Vec<(TurnRow, Vec<Call>, u64)>,
+    /// There are turns before these.
+    pub more: bool,
+}
+
+/// The last turns of the line that ends with turn `tip`.
+pub(crate) fn read(connection: &Connection, tip: i64, bounds: Bounds) -> Result<Line, Error> {
+    let sql = format!("SELECT {TURN_COLUMNS} FROM turns t {TURN_JOINS} WHERE t.id = ?1");
+    let mut statement = connection.prepare_cached(&sql)?;
+    let mut line = Line::default();
+    let mut bytes = 0;
+    let mut next = Some(tip);
+    while let Some(id) = next {
+        let turn = statement.query_row([id], |row| Ok(TurnRow::read(row)))??;
+        next = turn.previous.filter(|previous| *previous < id);
+        let (calls, total) = calls::of_turn(connection, &turn, bounds.calls)?;
+        bytes += turn.weight(bounds.text) + calls.len() as u64 * calls::CALL_WEIGHT;
+        let full = line.turns.len() == bounds.turns || bytes > bounds.bytes;
+        if full && !line.turns.is_empty() {
+            line.more = true;
+            break;
+        }
+        line.turns.push((turn, calls, total));
+    }
+    line.turns.reverse();
+    Ok(line)
+}
+
+/// The number of the turns of a line.
+pub(crate) fn length(connection: &Connection, tip: i64) -> Result<u64, Error> {
+    let before = connection
+        .prepare_cached("SELECT number FROM turns WHERE id = ?1")?
+        .query_row([tip], |row| number(row, 0))?;
+    Ok(before.saturating_add(1))
+}

@@ -1,0 +1,19 @@
+//! Integration tests: real daemons, real servers, real agents, and whatever kills them.
+
+mod support;
+
+mod access;
+mod agents;
+mod chaos;
+mod cluster;
+mod configuration;
+mod conversation;
+mod counts;
+mod doctor;
+mod full;
+mod reload;
+mod restarts;
+mod rubbish;
+mod start;
+mod stop;
+mod turns;

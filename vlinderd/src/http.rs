@@ -1,0 +1,276 @@
+//! The HTTP face (interfaces.md §6): health, readiness, metrics, events, the state of the cluster.
+//! Served by the daemon itself, so that it answers whatever its workers do. Every route asks for the
+//! credential.
+
+use crate::node::NodeFace;
+use axum::Router;
+use axum::extract::{ConnectInfo, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::get;
+use futures::StreamExt;
+use serde_json::{Value, json};
+use std::fmt::Write as _;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+use vlinder_services::auth::Gate;
+use vlinder_services::harness::events;
+use vlinder_supervisor::NodePhase;
+use vlinder_worker::{WorkerCx, nodes};
+
+/// How long a look at the bus may take.
+const BUS_DEADLINE: Duration = Duration::from_secs(2);
+
+#[derive(Clone)]
+struct Face {
+    node: Arc<NodeFace>,
+    cx: WorkerCx,
+    gate: Gate,
+}
+
+/// Serves until the daemon ends.
+pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, socket: &TcpListener, gate: Gate) {
+    let face = Face { node, cx, gate };
+    let routes = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/events", get(event_stream))
+        .route("/state/cluster", get(cluster))
+        .fallback(nothing_here)
+        .layer(middleware::from_fn_with_state(face.clone(), check))
+        .with_state(face);
+    let listener = socket
+        .try_clone()
+        .and_then(|socket| socket.set_nonblocking(true).map(|()| socket))
+        .and_then(tokio::net::TcpListener::from_std);
+    let listener = match listener {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "the HTTP face cannot listen"),
+    };
+    let service = routes.into_make_service_with_connect_info::<SocketAddr>();
+    if let Err(error) = axum::serve(listener, service).await {
+        tracing::error!(%error, "the HTTP face ended");
+    }
+}
+
+async fn check(
+    State(face): State<Face>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let given = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok());
+    match face.gate.check(given, Some(from.ip())) {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => {
+            tokio::time::sleep(refusal.delay).await;
+            let mut response = error(StatusCode::UNAUTHORIZED, "unauthenticated", refusal.message);
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                header::HeaderValue::from_static("Bearer"),
+            );
+            response
+        }
+    }
+}
+
+fn error(status: StatusCode, code: &str, message: &str) -> Response {
+    (
+        status,
+        Json(json!({ "error": { "code": code, "message": message } })),
+    )
+        .into_response()
+}
+
+async fn nothing_here() -> Response {
+    let message = "there is /healthz, /readyz, /metrics, /events and /state/cluster; the console and the OpenAI-compatible routes come with a later release";
+    error(StatusCode::NOT_FOUND, "not_found", message)
+}
+
+/// The daemon turns.
+async fn healthz() -> Response {
+    Json(json!({ "status": "ok" })).into_response()
+}
+
+/// Every worker is up and the bus answers; else 503 with what is missing.
+async fn readyz(State(face): State<Face>) -> Response {
+    let status = face.node.supervisor.status().borrow().clone();
+    let mut missing = Vec::new();
+    if status.phase != NodePhase::Running {
+        missing.push(format!("the node is {}", phase_name(status.phase)));
+    }
+    for worker in status.workers.iter().filter(|worker| !worker.state.is_up()) {
+        let reason = worker.reason.as_deref().unwrap_or_default();
+        missing.push(
+            format!("{} is {} {reason}", worker.key, worker.state)
+                .trim_end()
+                .to_owned(),
+        );
+    }
+    match tokio::time::timeout(BUS_DEADLINE, face.cx.bus.ping()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => missing.push(error.to_string()),
+        Err(_) => missing.push("the bus does not answer".to_owned()),
+    }
+    let code = if missing.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (
+        code,
+        Json(json!({ "ready": missing.is_empty(), "missing": missing })),
+    )
+        .into_response()
+}
+
+fn phase_name(phase: NodePhase) -> &'static str {
+    match phase {
+        NodePhase::Starting { .. } => "starting",
+        NodePhase::Running => "running",
+        NodePhase::Draining => "draining",
+        NodePhase::Stopped => "stopped",
+    }
+}
+
+/// Prometheus text format, version 0.0.4.
+async fn metrics(State(face): State<Face>) -> Response {
+    let status = face.node.supervisor.status().borrow().clone();
+    let mut text = String::new();
+    let mut help = |name: &str, kind: &str, what: &str| {
+        let _ = writeln!(text, "# HELP {name} {what}\n# TYPE {name} {kind}");
+        std::mem::take(&mut text)
+    };
+    let mut all = String::new();
+    all += &help(
+        "vlinder_worker_up",
+        "gauge",
+        "Whether a worker can do its job (1) or not (0).",
+    );
+    for worker in &status.workers {
+        let labels = format!(
+            "role=\"{}\",index=\"{}\"",
+            worker.key.role, worker.key.index
+        );
+        let _ = writeln!(
+            all,
+            "vlinder_worker_up{{{labels}}} {}",
+            u8::from(worker.state.is_up())
+        );
+    }
+    all += &help(
+        "vlinder_worker_restarts_total",
+        "counter",
+        "Starts of a worker after the first.",
+    );
+    for worker in &status.workers {
+        let labels = format!(
+            "role=\"{}\",index=\"{}\"",
+            worker.key.role, worker.key.index
+        );
+        let _ = writeln!(
+            all,
+            "vlinder_worker_restarts_total{{{labels}}} {}",
+            worker.restarts
+        );
+    }
+    let log = face.cx.log();
+    if let Ok(Ok(info)) = tokio::time::timeout(BUS_DEADLINE, face.cx.bus.stream_info(&log)).await {
+        all += &help("vlinder_log_messages", "gauge", "Messages in the log.");
+        let _ = writeln!(all, "vlinder_log_messages {}", info.messages);
+        all += &help("vlinder_log_bytes", "gauge", "Size of the log in bytes.");
+        let _ = writeln!(all, "vlinder_log_bytes {}", info.bytes);
+        all += &help(
+            "vlinder_log_bytes_max",
+            "gauge",
+            "Limit of the log in bytes.",
+        );
+        let _ = writeln!(all, "vlinder_log_bytes_max {}", info.max_bytes);
+    }
+    if let Ok(Ok(queues)) = tokio::time::timeout(BUS_DEADLINE, face.cx.bus.queues(&log)).await {
+        all += &help(
+            "vlinder_queue_waiting",
+            "gauge",
+            "Messages that no worker has been given yet.",
+        );
+        for queue in &queues {
+            let _ = writeln!(
+                all,
+                "vlinder_queue_waiting{{queue=\"{}\"}} {}",
+                queue.name, queue.waiting
+            );
+        }
+        all += &help("vlinder_queue_held", "gauge", "Messages that workers hold.");
+        for queue in &queues {
+            let _ = writeln!(
+                all,
+                "vlinder_queue_held{{queue=\"{}\"}} {}",
+                queue.name, queue.held
+            );
+        }
+    }
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], all).into_response()
+}
+
+#[derive(serde::Deserialize)]
+struct EventsQuery {
+    #[serde(default)]
+    prefix: String,
+}
+
+/// Changes as they happen, as server-sent events.
+async fn event_stream(State(face): State<Face>, Query(query): Query<EventsQuery>) -> Response {
+    match events::stream(&face.cx, query.prefix).await {
+        Ok(stream) => {
+            let events = stream.filter_map(|event| async move {
+                let event = event.ok()?;
+                let data: Value = serde_json::from_str(&event.data).unwrap_or_default();
+                let data = json!({ "name": event.name, "time_ms": event.time_ms, "data": data });
+                Some(Ok::<_, std::convert::Infallible>(
+                    Event::default()
+                        .id(event.id)
+                        .event(event.name)
+                        .data(data.to_string()),
+                ))
+            });
+            Sse::new(events)
+                .keep_alive(KeepAlive::default())
+                .into_response()
+        }
+        Err(status) => error(StatusCode::BAD_REQUEST, "bad_request", status.message()),
+    }
+}
+
+/// Nodes and workers as they report themselves.
+async fn cluster(State(face): State<Face>) -> Response {
+    let reports = match tokio::time::timeout(BUS_DEADLINE, nodes::read_all(&face.cx.bus)).await {
+        Ok(Ok(reports)) => reports,
+        Ok(Err(bus)) => return error(StatusCode::SERVICE_UNAVAILABLE, "bus", &bus.to_string()),
+        Err(_) => {
+            return error(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "bus",
+                "the bus does not answer",
+            );
+        }
+    };
+    let nodes: Vec<Value> = reports
+        .iter()
+        .filter(|(_, report)| !report.left)
+        .map(|(entry, report)| {
+            let fresh = report.is_live(&face.cx.bus, entry);
+            let mut value = serde_json::to_value(report).unwrap_or_default();
+            value["state"] = if fresh { "ready" } else { "not-ready" }.into();
+            value["last_seen_ms"] = face.cx.bus.now_ms().saturating_sub(entry.time_ms).into();
+            value
+        })
+        .collect();
+    Json(json!({ "nodes": nodes })).into_response()
+}

@@ -1,0 +1,279 @@
+//! Which code serves which role: the one place that knows all of them.
+
+use crate::listeners::GRPC;
+use std::ffi::OsString;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use vlinder_config::Config;
+use vlinder_core::WorkerRole;
+use vlinder_inference::Backend;
+use vlinder_proto::MESSAGE_BYTES_MAX;
+use vlinder_proto::catalog::catalog_server::CatalogServer;
+use vlinder_proto::harness::harness_server::HarnessServer;
+use vlinder_proto::registry::registry_server::RegistryServer;
+use vlinder_proto::secret::secret_server::SecretServer;
+use vlinder_proto::state::state_server::StateServer;
+use vlinder_services::auth::Gate;
+use vlinder_services::{catalog, grpc, harness, infra, registry, secret};
+use vlinder_worker::infra::InfraView;
+use vlinder_worker::{Error, WorkerCx};
+
+/// The roles that this release can run, or hold a place for.
+pub const SUPPORTED: [WorkerRole; 15] = [
+    WorkerRole::Secret,
+    WorkerRole::State,
+    WorkerRole::Registry,
+    WorkerRole::Catalog,
+    WorkerRole::Harness,
+    WorkerRole::Infra,
+    WorkerRole::StorageObjectSqlite,
+    WorkerRole::StorageVectorSqlite,
+    WorkerRole::InferenceOllama,
+    WorkerRole::InferenceOpenrouter,
+    WorkerRole::InferenceOpenai,
+    WorkerRole::AgentContainer,
+    WorkerRole::AgentProcess,
+    WorkerRole::DagGit,
+    WorkerRole::SessionViewer,
+];
+
+/// The roles that really run agents.
+const RUNTIMES: [WorkerRole; 1] = [WorkerRole::AgentProcess];
+
+/// Whatever a role needs beside its context.
+pub struct Setup {
+    /// The node's configuration.
+    pub config: Arc<Config>,
+    /// The credential of RPCs.
+    pub token: String,
+    /// The inherited gRPC listener of a service.
+    pub listener: Option<TcpListener>,
+}
+
+/// Runs a worker of the role in `cx` until it drains.
+pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
+    let config = setup.config.clone();
+    match cx.id.role {
+        WorkerRole::Secret => {
+            let key = secret::MasterKey::from_file(&cx.data_dir.join("secret.key"))
+                .map_err(|error| Error::Config(format!("the key of the secrets: {error}")))?;
+            let service = secret::SecretService::new(InfraView::start(&cx).await?, key);
+            let server = SecretServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            serve(cx, setup, Routes::new(server), "vlinder.secret.v1.Secret").await
+        }
+        WorkerRole::State => {
+            let path = vlinder_state::StateWorker::db_path(&cx.data_dir, cx.id.index);
+            let worker = vlinder_state::StateWorker::start(&cx, path)
+                .await
+                .map_err(|error| {
+                    Error::Other(format!("the projection cannot be opened: {error}"))
+                })?;
+            let server = StateServer::new(worker.service())
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            let stop = CancellationToken::new();
+            let following = worker.run(stop.clone());
+            let serving = serve(cx, setup, Routes::new(server), "vlinder.state.v1.State");
+            tokio::pin!(following);
+            tokio::select! {
+                // Reads that run until the end of the drain still follow the log.
+                served = serving => {
+                    stop.cancel();
+                    following.await?;
+                    served
+                }
+                ended = &mut following => ended.and(Err(Error::Other("the projection stopped following the log".to_owned()))),
+            }
+        }
+        WorkerRole::Registry => {
+            let service = registry::RegistryService::start(cx.clone(), &registry_roles()).await?;
+            let server = RegistryServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            serve(
+                cx,
+                setup,
+                Routes::new(server),
+                "vlinder.registry.v1.Registry",
+            )
+            .await
+        }
+        WorkerRole::Catalog => {
+            let server = CatalogServer::new(catalog::CatalogService::new(cx.clone()));
+            serve(cx, setup, Routes::new(server), "vlinder.catalog.v1.Catalog").await
+        }
+        WorkerRole::Harness => {
+            let service = harness::HarnessService::start(cx.clone(), bench_options()?).await?;
+            let server = HarnessServer::new(service)
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            serve(cx, setup, Routes::new(server), "vlinder.harness.v1.Harness").await
+        }
+        WorkerRole::Infra => infra::run(cx).await,
+        WorkerRole::StorageObjectSqlite => vlinder_store::run(cx, vlinder_store::Service::Kv).await,
+        WorkerRole::StorageVectorSqlite => {
+            vlinder_store::run(cx, vlinder_store::Service::Vec).await
+        }
+        WorkerRole::InferenceOllama => {
+            infer(
+                cx,
+                Backend::Ollama,
+                Some(&config.ollama.endpoint),
+                None,
+                "ollama.endpoint",
+            )
+            .await
+        }
+        WorkerRole::InferenceOpenai => {
+            let key = config
+                .openai
+                .api_key
+                .as_ref()
+                .map(|key| key.expose().to_owned());
+            infer(
+                cx,
+                Backend::Openai,
+                config.openai.endpoint.as_ref(),
+                key,
+                "openai.endpoint",
+            )
+            .await
+        }
+        WorkerRole::InferenceOpenrouter => {
+            let key = config
+                .openrouter
+                .api_key
+                .as_ref()
+                .map(|key| key.expose().to_owned());
+            infer(
+                cx,
+                Backend::Openrouter,
+                Some(&config.openrouter.endpoint),
+                key,
+                "openrouter.endpoint",
+            )
+            .await
+        }
+        WorkerRole::AgentProcess => {
+            // Each runtime worker needs a bridge of its own: a replica's secret is known to one alone.
+            let bridge = TcpListener::bind("127.0.0.1:0").map_err(|source| Error::Io {
+                what: "cannot listen for agents' calls".to_owned(),
+                source,
+            })?;
+            let options = vlinder_runtime::Options {
+                labels: config.node.labels.clone(),
+                bridge,
+                drain_within: config.supervisor.drain_deadline * 3 / 4,
+            };
+            let boxed = [own_command().as_str(), "box", "--fd", "0", "--"].map(OsString::from);
+            let process = vlinder_runtime::process::ProcessOptions {
+                box_command: boxed.into(),
+                // Agents find their interpreters where this daemon would.
+                path: vlinder_config::Env::from_process()
+                    .get("PATH")
+                    .unwrap_or_default()
+                    .into(),
+            };
+            vlinder_runtime::run_process(cx, options, process).await
+        }
+        WorkerRole::AgentContainer => {
+            wait(
+                cx,
+                "this release runs process agents only; container agents come with the next one",
+            )
+            .await
+        }
+        WorkerRole::DagGit => wait(cx, "this release has no git projection yet").await,
+        WorkerRole::SessionViewer => {
+            wait(
+                cx,
+                "this release has no console yet; use `vlinder session` and /state/cluster",
+            )
+            .await
+        }
+        role @ (WorkerRole::AgentLambda | WorkerRole::InferenceLocal) => Err(Error::Config(
+            format!("this release cannot run workers of role {role}"),
+        )),
+    }
+}
+
+/// The runtimes whose agents may be deployed.
+fn registry_roles() -> Vec<WorkerRole> {
+    let services = SUPPORTED
+        .into_iter()
+        .filter(|role| !role.as_str().starts_with("agent."));
+    services.chain(RUNTIMES).collect()
+}
+
+async fn serve(
+    cx: WorkerCx,
+    setup: Setup,
+    routes: Routes,
+    name: &'static str,
+) -> Result<(), Error> {
+    let listener = setup
+        .listener
+        .ok_or_else(|| Error::Other(format!("no listener named {GRPC} was inherited")))?;
+    cx.control.ready();
+    grpc::serve(
+        listener,
+        routes,
+        name,
+        Gate::new(&setup.token),
+        cx.drain.clone(),
+    )
+    .await
+}
+
+async fn infer(
+    cx: WorkerCx,
+    backend: Backend,
+    endpoint: Option<&url::Url>,
+    api_key: Option<String>,
+    key: &str,
+) -> Result<(), Error> {
+    let Some(endpoint) = endpoint else {
+        return wait(cx, &format!("{key} is not configured")).await;
+    };
+    vlinder_inference::run(
+        cx,
+        vlinder_inference::Options::new(backend, endpoint.clone(), api_key),
+    )
+    .await
+}
+
+/// Holds the place of a role that cannot work here, and says why.
+async fn wait(cx: WorkerCx, reason: &str) -> Result<(), Error> {
+    cx.control.waiting(reason);
+    cx.drain.cancelled().await;
+    Ok(())
+}
+
+/// This binary, also after it was replaced on disk.
+pub fn own_command() -> String {
+    let exe = std::env::current_exe().ok().filter(|path| path.exists());
+    exe.map_or("/proc/self/exe".to_owned(), |path| {
+        path.display().to_string()
+    })
+}
+
+fn bench_options() -> Result<harness::BenchOptions, Error> {
+    let io = |source| Error::Io {
+        what: "cannot pack the bench agent's empty directory".to_owned(),
+        source,
+    };
+    let packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let bundle = tar::Builder::new(packer)
+        .into_inner()
+        .map_err(io)?
+        .finish()
+        .map_err(io)?;
+    Ok(harness::BenchOptions {
+        agent_command: format!("{} bench-agent", own_command()),
+        empty_bundle: bundle.into(),
+    })
+}
+
+/// How long workers may take to connect to the bus at their start.
+pub const BUS_DEADLINE: Duration = Duration::from_secs(20);
