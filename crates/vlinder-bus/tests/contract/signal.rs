@@ -13,6 +13,8 @@ pub async fn signals_reach_who_listens<F: Fixture>() {
         .signal("sig.v1.default.chunk.t", "nobody listens".into())
         .await
         .unwrap();
+    // It has left our connection before the other one subscribes.
+    backend.ping().await.unwrap();
     let mut exact = other.signals("sig.v1.default.chunk.t").await.unwrap();
     let mut wide = other.signals("sig.v1.default.>").await.unwrap();
     other.ping().await.unwrap();
