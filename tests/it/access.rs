@@ -194,6 +194,7 @@ async fn every_route_asks_for_the_token() {
     let url = format!("{base}/state/cluster?token={}", node.token());
     assert_eq!(client.get(url).send().await.unwrap().status(), 401);
     for (route, status) in [
+        ("/", 200),
         ("/healthz", 200),
         ("/state/cluster", 200),
         ("/no/such/route", 404),
@@ -204,6 +205,15 @@ async fn every_route_asks_for_the_token() {
             began.elapsed() < Duration::from_secs(1),
             "the right one is never delayed"
         );
+    }
+    // The index names what is there, and nothing else.
+    let (_, index) = node.get("/").await.unwrap();
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    assert_eq!(index["node"], node.spec().name(), "{index:#}");
+    for route in index["routes"].as_array().unwrap() {
+        let url = format!("{base}{}", route["path"].as_str().unwrap());
+        let answer = client.get(url).bearer_auth(node.token()).send();
+        assert_ne!(answer.await.unwrap().status(), 404, "{route}");
     }
     let (_, metrics) = node.get("/metrics").await.unwrap();
     assert!(

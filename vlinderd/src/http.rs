@@ -24,6 +24,24 @@ use vlinder_worker::{WorkerCx, nodes};
 /// How long a look at the bus may take.
 const BUS_DEADLINE: Duration = Duration::from_secs(2);
 
+/// What is served here, and what it is: the index at `/`, until the console takes its place.
+const SERVED: [(&str, &str); 5] = [
+    ("/healthz", "200 while the daemon turns"),
+    (
+        "/readyz",
+        "200 when every worker is up and the bus answers, else 503 with what is missing",
+    ),
+    ("/metrics", "figures of this node in Prometheus text format"),
+    (
+        "/events",
+        "changes as they happen, as server-sent events; ?prefix=turn. takes only some",
+    ),
+    (
+        "/state/cluster",
+        "nodes and workers as they report themselves, as JSON",
+    ),
+];
+
 #[derive(Clone)]
 struct Face {
     node: Arc<NodeFace>,
@@ -35,6 +53,7 @@ struct Face {
 pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, socket: &TcpListener, gate: Gate) {
     let face = Face { node, cx, gate };
     let routes = Router::new()
+        .route("/", get(index))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -90,8 +109,29 @@ fn error(status: StatusCode, code: &str, message: &str) -> Response {
 }
 
 async fn nothing_here() -> Response {
-    let message = "there is /healthz, /readyz, /metrics, /events and /state/cluster; the console and the OpenAI-compatible routes come with a later release";
-    error(StatusCode::NOT_FOUND, "not_found", message)
+    let paths: Vec<&str> = SERVED.iter().map(|(path, _)| *path).collect();
+    let message = format!(
+        "there is {}; the console and the OpenAI-compatible routes come with a later release",
+        paths.join(", ")
+    );
+    error(StatusCode::NOT_FOUND, "not_found", &message)
+}
+
+/// What this face serves.
+async fn index(State(face): State<Face>) -> Response {
+    let routes: Vec<Value> = SERVED
+        .iter()
+        .map(|(path, what)| json!({ "path": path, "what": what }))
+        .collect();
+    let index = json!({
+        "service": "vlinderd",
+        "version": env!("CARGO_PKG_VERSION"),
+        "node": face.cx.id.node.as_str(),
+        "console": "comes with a later release",
+        "routes": routes,
+    });
+    let text = format!("{index:#}\n");
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
 
 /// The daemon turns.
