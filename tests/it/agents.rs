@@ -189,6 +189,12 @@ async fn hostile_manifests_are_refused() {
         ("timeout = \"soon\"", "timeout"),
         ("no_such_key = 1", "no_such_key"),
         ("vector_storage = \"file:///etc\"", "vector_storage"),
+        (
+            "vector_storage = \"sqlite:///etc/passwd\"",
+            "vector_storage",
+        ),
+        ("vector_storage = \"sqlite://../../x\"", "vector_storage"),
+        ("vector_storage = \"\"", "vector_storage"),
     ] {
         fs::write(directory.join("agent.toml"), format!("{manifest}{line}\n")).unwrap();
         let path = directory.display().to_string();

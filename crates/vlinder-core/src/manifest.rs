@@ -14,6 +14,10 @@ pub const CONCURRENCY_MAX: u32 = 1024;
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
 /// The longest a turn may take.
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Longest name of a store, in characters.
+pub const STORE_CHARS_MAX: usize = 200;
+/// How much of a wrong value a message repeats, in characters.
+const SHOWN_CHARS_MAX: usize = 80;
 /// Largest manifest, in bytes.
 pub const MANIFEST_BYTES_MAX: usize = 256 * 1024;
 
@@ -248,11 +252,10 @@ impl AgentManifest {
             ("object_storage", &self.object_storage),
             ("vector_storage", &self.vector_storage),
         ] {
-            if let Some(Err(reason)) = value.as_deref().map(StoreUri::parse) {
-                found.push(format!(
-                    "{key} = {:?}: {reason}",
-                    value.as_deref().unwrap_or_default()
-                ));
+            if let Some(text) = value
+                && let Err(reason) = StoreUri::parse(text)
+            {
+                found.push(format!("{key} = {}: {reason}", shown(text)));
             }
         }
         for kind in self.requirements.services.keys() {
@@ -321,22 +324,48 @@ impl AgentManifest {
 pub struct StoreUri {
     /// `sqlite`, `nats`, `s3` or `memory`.
     pub scheme: String,
-    /// What comes after `://`, 1 to 200 printable characters; the id of the store.
+    /// What comes after `://`, 1 to [`STORE_CHARS_MAX`] characters; the id of the store.
     pub path: String,
 }
 
+/// A value in a message: quoted, escaped, and not all of it where it is long.
+fn shown(text: &str) -> String {
+    let mut beginning: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+    if beginning.len() < text.len() {
+        beginning.push('…');
+    }
+    format!("{beginning:?}")
+}
+
 impl StoreUri {
-    /// Reads a store address.
+    /// Reads a store address. What comes after `://` names a store and never a place in a file
+    /// system: where a node keeps its stores is the node's business.
     pub fn parse(text: &str) -> Result<Self, String> {
         let rule = "expected sqlite://path, nats://bucket, s3://bucket/prefix or memory://name";
         let (scheme, path) = text.split_once("://").ok_or(rule)?;
-        if !["sqlite", "nats", "s3", "memory"].contains(&scheme) {
-            return Err(rule.to_owned());
+        let has_parts = match scheme {
+            "sqlite" | "s3" => true,
+            "nats" | "memory" => false,
+            _ => return Err(rule.to_owned()),
+        };
+        if path.is_empty() || path.len() > STORE_CHARS_MAX {
+            return Err(format!(
+                "expected 1 to {STORE_CHARS_MAX} characters after ://, found {}",
+                path.chars().count()
+            ));
         }
-        let printable = path.bytes().all(|b| b > 0x20 && b < 0x7f);
-        if path.is_empty() || path.len() > 200 || !printable {
+        let is_part = |part: &str| {
+            let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            part.chars().all(known) && !part.is_empty() && !part.starts_with('.')
+        };
+        if !has_parts && path.contains('/') {
+            return Err(format!("expected one name after {scheme}://, without /"));
+        }
+        if !path.split('/').all(is_part) {
             return Err(
-                "expected 1 to 200 printable characters without blanks after ://".to_owned(),
+                "expected a name after ://, of letters, digits, -, _ and ., in parts divided by /; it is no path \
+                 of a file: no part may be empty or begin with a dot"
+                    .to_owned(),
             );
         }
         Ok(Self {
@@ -397,6 +426,75 @@ mod tests {
         "#;
         let error = AgentManifest::parse(text).unwrap_err();
         assert_eq!(error.0.len(), 7, "{error}");
+    }
+
+    #[test]
+    fn names_of_stores_are_names() {
+        for good in [
+            "sqlite://notes",
+            "sqlite://team/notes.v2",
+            "sqlite://A_b-c",
+            "memory://x",
+            "nats://bucket-1",
+            "s3://bucket/some/prefix",
+        ] {
+            assert!(StoreUri::parse(good).is_ok(), "{good}");
+        }
+        let most = format!("sqlite://{}", "n".repeat(STORE_CHARS_MAX));
+        assert!(StoreUri::parse(&most).is_ok());
+    }
+
+    #[test]
+    fn hostile_stores_are_refused_by_key_and_briefly() {
+        let long = format!("sqlite://{}", "n".repeat(10 * 1024));
+        for bad in [
+            "",
+            "://",
+            "sqlite",
+            "sqlite:",
+            "sqlite:/etc/passwd",
+            "sqlite://",
+            "sqlite:///etc/passwd",
+            "sqlite:///",
+            "sqlite://../../x",
+            "sqlite://a/../../x",
+            "sqlite://a/./b",
+            "sqlite://.",
+            "sqlite://..",
+            "sqlite://.hidden",
+            "sqlite://a//b",
+            "sqlite://a/",
+            "sqlite://~/x",
+            "sqlite://$HOME",
+            "sqlite://a b",
+            "sqlite://a\\b",
+            "sqlite://a\0b",
+            "sqlite://a\nb",
+            "sqlite://a\u{1b}[2Jb",
+            "sqlite://a\u{202e}b",
+            "sqlite://%2e%2e/x",
+            "sqlite://a?mode=memory",
+            "sqlite://a#b",
+            "sqlite://*",
+            "sqlite://>",
+            "sqlite://ä",
+            "SQLITE://a",
+            "file:///etc/passwd",
+            "nats://a/b",
+            "memory://a/b",
+            "s3:///x",
+            &long,
+        ] {
+            for key in ["object_storage", "vector_storage"] {
+                let value = toml::Value::String(bad.to_owned());
+                let error = AgentManifest::parse(&format!("{key} = {value}\n{MINIMAL}"));
+                let error = error.expect_err(bad).to_string();
+                assert!(error.starts_with(&format!("{key} = ")), "{bad:?}: {error}");
+                assert!(error.contains("expected"), "{bad:?}: {error}");
+                assert!(error.len() < 500, "{bad:?}: {} bytes", error.len());
+                assert!(!error.contains(char::is_control), "{bad:?}: {error:?}");
+            }
+        }
     }
 
     #[test]
