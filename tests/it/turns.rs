@@ -6,6 +6,8 @@ use crate::support::{Node, NodeSpec, proc, wait_for};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::ChildStdout;
 use vlinder_testkit::{CURRENT, NatsServer};
 
 /// Exit codes of the command line.
@@ -303,4 +305,81 @@ async fn a_killed_client_leaves_its_turn_to_end() {
         .json();
     assert_eq!(output(&attached), "1");
     node.stop_cleanly().await;
+}
+
+/// Within it an event is told.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// `vlinder events` as it runs on, with what it prints.
+fn events_of(spec: &NodeSpec) -> (tokio::process::Child, Lines<BufReader<ChildStdout>>) {
+    let mut command = clean(vlinder());
+    command
+        .args(["events", "--prefix", "turn.ended"])
+        .env("HOME", spec.home())
+        .env("VLINDER_DIR", spec.data_dir())
+        .stdout(std::process::Stdio::piped());
+    let mut command = tokio::process::Command::from(command);
+    let mut child = command.kill_on_drop(true).spawn().unwrap();
+    let stdout = child.stdout.take().unwrap();
+    (child, BufReader::new(stdout).lines())
+}
+
+#[tokio::test]
+async fn who_waits_finds_a_node_that_came_back_on_other_ports() {
+    let node = node_with_puppet(NodeSpec::embedded(), "").await;
+    let before = node.address("harness");
+    let (_child, mut events) = events_of(node.spec());
+    next_event(&node, &mut events).await;
+
+    let spec = node.spec().clone();
+    let args = [
+        "agent",
+        "run",
+        PUPPET,
+        "-p",
+        "count; sleep 2; echo back",
+        "-o",
+        "json",
+        "--timeout",
+        "30s",
+        "--submission",
+        "x",
+        "--session",
+        "s",
+    ];
+    let (finished, node) = tokio::join!(spec.cli(&args), async {
+        wait_for(
+            "its first call is on record",
+            Duration::from_secs(10),
+            async || node.cli(&["turn", "get", "x", "-o", "json"]).await.stdout,
+            |shown| shown.contains("\"put\""),
+        )
+        .await;
+        node.kill9().await.start().await
+    });
+    assert_ne!(before, node.address("harness"), "the ports are free ones");
+    let finished = finished.code(0).says("taking the turn up again");
+    assert_eq!(output(&finished.json()), "1 back", "{finished:#?}");
+
+    // So is who only listens.
+    while let Ok(line) = tokio::time::timeout(QUIET, events.next_line()).await {
+        assert!(line.unwrap().is_some(), "it ended with the first daemon");
+    }
+    next_event(&node, &mut events).await;
+    node.stop_cleanly().await;
+}
+
+/// Turns end until one is told of.
+async fn next_event(node: &Node, events: &mut Lines<BufReader<ChildStdout>>) {
+    let deadline = Instant::now() + Duration::from_secs(15);
+    loop {
+        turn(node, PUPPET, "t", "echo").await;
+        match tokio::time::timeout(QUIET, events.next_line()).await {
+            Ok(line) => {
+                let line = line.unwrap().expect("it listens on");
+                return assert!(line.contains("turn.ended"), "{line}");
+            }
+            Err(_) => assert!(Instant::now() < deadline, "nobody tells of turns"),
+        }
+    }
 }

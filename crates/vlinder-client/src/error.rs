@@ -152,6 +152,17 @@ impl Error {
         )
     }
 
+    /// Whether the credential was refused.
+    pub(crate) fn is_unauthenticated(&self) -> bool {
+        matches!(
+            self,
+            Self::Service {
+                code: Code::Unauthenticated,
+                ..
+            }
+        )
+    }
+
     /// Whether another try, here or elsewhere, may succeed without anyone doing anything.
     pub fn is_transient(&self) -> bool {
         match self {

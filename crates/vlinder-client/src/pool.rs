@@ -1,12 +1,14 @@
 //! Addresses, connections and the policy of tries that every call shares.
 //!
 //! A connection is made at the first call that needs it and kept. Of several addresses the one
-//! that answered last is asked first.
+//! that answered last is asked first. A node that is killed and started again may listen elsewhere and
+//! ask for another token: a client that can look up where ([`Client::looked_up_by`]) does so when nothing
+//! listens any more, or its token is refused.
 
 use crate::error::{Error, innermost};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -97,35 +99,16 @@ struct Pool {
     preferred: AtomicUsize,
 }
 
-struct Shared {
+/// A cluster as it was last looked up: where it is, and the credential it asks for.
+struct Cluster {
     pools: BTreeMap<Service, Pool>,
     bearer: Bearer,
-    namespace: String,
 }
 
-/// A client of the five services; cheap to clone.
-#[derive(Clone)]
-pub struct Client {
-    shared: Arc<Shared>,
-    limits: Limits,
-}
-
-impl Client {
-    /// A client of the cluster that `config` names. Connects to nothing yet.
-    pub fn new(config: &ClientConfig) -> Result<Self, Error> {
-        let urls = Service::ALL.map(|service| {
-            let urls = config.addresses(service).iter().map(ToString::to_string);
-            (service, urls.collect())
-        });
-        let token = config.token.as_ref().map(|token| token.expose());
-        Self::of(urls, token, config.namespace.as_str())
-    }
-
-    /// A client of explicit addresses (`http://host:port`), at least one for each service that is used.
-    pub fn of(
+impl Cluster {
+    fn new(
         urls: impl IntoIterator<Item = (Service, Vec<String>)>,
         token: Option<&str>,
-        namespace: &str,
     ) -> Result<Self, Error> {
         let bearer = match token {
             None => None,
@@ -150,22 +133,120 @@ impl Client {
             };
             (service, pool)
         });
-        let shared = Shared {
+        Ok(Self {
             pools: pools.collect(),
             bearer: Bearer(bearer),
-            namespace: namespace.to_owned(),
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-            limits: Limits::default(),
         })
+    }
+
+    fn of_config(config: &ClientConfig) -> Result<Self, Error> {
+        let urls = Service::ALL.map(|service| {
+            let urls = config.addresses(service).iter().map(ToString::to_string);
+            (service, urls.collect())
+        });
+        let token = config.token.as_ref().map(|token| token.expose());
+        Self::new(urls, token)
+    }
+
+    fn pool(&self, service: Service) -> Result<&Pool, Error> {
+        let pool = self.pools.get(&service);
+        pool.filter(|pool| !pool.addresses.is_empty())
+            .ok_or_else(|| {
+                Error::Usage(format!(
+                    "no address of the {} service is known",
+                    service.as_str()
+                ))
+            })
+    }
+
+    /// Whether `other` is at the same addresses and takes the same credential.
+    fn is_same(&self, other: &Self) -> bool {
+        let urls = |cluster: &Self| -> Vec<(Service, Vec<String>)> {
+            let pools = cluster.pools.iter().map(|(service, pool)| {
+                let urls = pool.addresses.iter().map(|address| address.url.clone());
+                (*service, urls.collect())
+            });
+            pools.collect()
+        };
+        self.bearer.0 == other.bearer.0 && urls(self) == urls(other)
+    }
+}
+
+/// Looks the cluster up again; `None` where it cannot be found now.
+type LookUp = dyn Fn() -> Option<ClientConfig> + Send + Sync;
+
+/// A client of the five services; cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    cluster: Arc<RwLock<Arc<Cluster>>>,
+    look_up: Option<Arc<LookUp>>,
+    namespace: Arc<str>,
+    limits: Limits,
+}
+
+impl Client {
+    /// A client of the cluster that `config` names. Connects to nothing yet.
+    pub fn new(config: &ClientConfig) -> Result<Self, Error> {
+        let cluster = Cluster::of_config(config)?;
+        Ok(Self::at(cluster, config.namespace.as_str()))
+    }
+
+    /// The same client; when nothing listens any more at any address of a service, or the credential
+    /// is refused, `look_up` says where the cluster is now. It must not block for long.
+    pub fn looked_up_by(
+        mut self,
+        look_up: impl Fn() -> Option<ClientConfig> + Send + Sync + 'static,
+    ) -> Self {
+        self.look_up = Some(Arc::new(look_up));
+        self
+    }
+
+    fn at(cluster: Cluster, namespace: &str) -> Self {
+        Self {
+            cluster: Arc::new(RwLock::new(Arc::new(cluster))),
+            look_up: None,
+            namespace: namespace.into(),
+            limits: Limits::default(),
+        }
+    }
+
+    fn cluster(&self) -> Arc<Cluster> {
+        let cluster = self.cluster.read().unwrap_or_else(PoisonError::into_inner);
+        cluster.clone()
+    }
+
+    /// Whether the cluster is elsewhere by now, or takes another credential, than `known`.
+    fn has_moved(&self, known: &Arc<Cluster>) -> bool {
+        if !Arc::ptr_eq(known, &self.cluster()) {
+            // Another call has found that out already.
+            return true;
+        }
+        let found = self.look_up.as_ref().and_then(|look_up| look_up());
+        let Some(Ok(found)) = found.as_ref().map(Cluster::of_config) else {
+            return false;
+        };
+        if found.is_same(known) {
+            return false;
+        }
+        let mut cluster = self.cluster.write().unwrap_or_else(PoisonError::into_inner);
+        *cluster = Arc::new(found);
+        true
+    }
+
+    /// A client of explicit addresses (`http://host:port`), at least one for each service that is used.
+    pub fn of(
+        urls: impl IntoIterator<Item = (Service, Vec<String>)>,
+        token: Option<&str>,
+        namespace: &str,
+    ) -> Result<Self, Error> {
+        Ok(Self::at(Cluster::new(urls, token)?, namespace))
     }
 
     /// The same client with other limits; connections are shared.
     pub fn with_limits(&self, limits: Limits) -> Self {
         Self {
-            shared: self.shared.clone(),
             limits,
+            ..self.clone()
         }
     }
 
@@ -176,18 +257,7 @@ impl Client {
 
     /// The namespace of all calls.
     pub fn namespace(&self) -> &str {
-        &self.shared.namespace
-    }
-
-    fn pool(&self, service: Service) -> Result<&Pool, Error> {
-        let pool = self.shared.pools.get(&service);
-        pool.filter(|pool| !pool.addresses.is_empty())
-            .ok_or_else(|| {
-                Error::Usage(format!(
-                    "no address of the {} service is known",
-                    service.as_str()
-                ))
-            })
+        &self.namespace
     }
 
     /// One call: `each` try and the `whole` are limited.
@@ -211,7 +281,7 @@ impl Client {
 
     /// The same, with the address that answered. Rounds over all addresses, each round later
     /// than the one before, until one answers or the time is over. Where nothing listens at all
-    /// the first round is the last one: waiting would not start a daemon.
+    /// the first round is the last one, unless the cluster has moved: waiting would not start a daemon.
     pub(crate) async fn call_somewhere<T, F, R>(
         &self,
         service: Service,
@@ -224,12 +294,14 @@ impl Client {
         F: Fn(Conn) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        let pool = self.pool(service)?;
         let began = Instant::now();
         let until = began + whole;
         let mut pause = PAUSE_FIRST;
         let mut somebody_listens = false;
-        loop {
+        'rounds: loop {
+            let cluster = self.cluster();
+            let pool = cluster.pool(service)?;
+            let moved = || Instant::now() < until && self.has_moved(&cluster);
             let mut refused = Vec::new();
             let mut last = None;
             let count = pool.addresses.len();
@@ -245,7 +317,9 @@ impl Client {
                     true => each.min(SILENCE_MAX),
                     false => each,
                 };
-                let outcome = self.one_try(pool, address, limit.min(left), &op).await;
+                let outcome = self
+                    .one_try(&cluster, pool, address, limit.min(left), &op)
+                    .await;
                 match outcome {
                     Ok(answer) => {
                         pool.preferred.store(index, Ordering::Relaxed);
@@ -254,6 +328,8 @@ impl Client {
                     Err(Error::Unreachable { cause, .. }) => {
                         refused.push((address.url.as_str(), cause));
                     }
+                    // A call that was refused had no effect.
+                    Err(error) if error.is_unauthenticated() && moved() => continue 'rounds,
                     Err(error) if error.is_transient() && repeat == Repeat::Safe => {
                         somebody_listens = true;
                         last = Some(error);
@@ -267,6 +343,9 @@ impl Client {
                         return Err(error);
                     }
                 }
+            }
+            if last.is_none() && moved() {
+                continue;
             }
             let over = until.saturating_duration_since(Instant::now()) <= pause;
             if over || !somebody_listens {
@@ -296,6 +375,7 @@ impl Client {
 
     async fn one_try<T, F, R>(
         &self,
+        cluster: &Cluster,
         pool: &Pool,
         address: &Address,
         limit: Duration,
@@ -306,7 +386,7 @@ impl Client {
         R: Future<Output = Result<Response<T>, Status>>,
     {
         let channel = connect(pool.service, address, limit).await?;
-        let conn = InterceptedService::new(channel, self.shared.bearer.clone());
+        let conn = InterceptedService::new(channel, cluster.bearer.clone());
         match tokio::time::timeout(limit, op(conn)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => {

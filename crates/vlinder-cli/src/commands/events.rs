@@ -5,25 +5,55 @@ use crate::error::Error;
 use crate::{json, text};
 use futures::StreamExt;
 use serde_json::Value;
+use std::time::Duration;
+use tokio::time::Instant;
 use vlinder_proto::harness::{Event, EventsRequest};
 
-/// Prints events until the connection breaks.
+/// First pause before a stream that broke is opened again; each further one is twice as long …
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+/// … up to this one.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Prints events. A stream that breaks is opened again, while the node is back within
+/// `Limits::reattach`; what happened meanwhile is not shown, and that is said.
 pub async fn run(cx: &Cx<'_>, prefix: String) -> Result<(), Error> {
     let request = EventsRequest {
         prefix,
         ..Default::default()
     };
-    let mut events = cx.client.events(request).await?;
-    while let Some(event) = events.next().await {
-        let event = event?;
-        match cx.out.json {
-            true => cx.out.value_line(&value(&event))?,
-            false => cx.out.line(&text::safe_line(&of_people(&event)))?,
-        }
+    let mut events = cx.client.events(request.clone()).await?;
+    let mut pause = PAUSE_FIRST;
+    loop {
+        let cause = loop {
+            match events.next().await {
+                Some(Ok(event)) => show(cx, &event)?,
+                Some(Err(error)) if error.is_transient() => break error.to_string(),
+                Some(Err(error)) => return Err(error.into()),
+                None => break "the harness ended the stream: it drains".to_owned(),
+            }
+            pause = PAUSE_FIRST;
+        };
+        cx.out.note(&format!(
+            "waiting: {cause}; events are missed until it is back"
+        ));
+        let until = Instant::now() + cx.client.limits().reattach;
+        events = loop {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+            match cx.client.events(request.clone()).await {
+                Ok(events) => break events,
+                Err(error) if error.is_transient() && Instant::now() < until => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
     }
-    Err(Error::NoWorker(
-        "the harness ended the stream: it drains".to_owned(),
-    ))
+}
+
+fn show(cx: &Cx<'_>, event: &Event) -> Result<(), Error> {
+    match cx.out.json {
+        true => cx.out.value_line(&value(event)),
+        false => cx.out.line(&text::safe_line(&of_people(event))),
+    }
 }
 
 /// `{id, name, time_ms, data: {…}}`

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::out::Out;
 use clap::CommandFactory;
 use vlinder_client::Client;
-use vlinder_config::{ClientConfig, Env};
+use vlinder_config::{AddressSource, ClientConfig, Env};
 
 /// What a command works with.
 pub struct Cx<'a> {
@@ -47,10 +47,16 @@ impl<'a> Cx<'a> {
         for warning in &config.warnings {
             out.note(&format!("warning: {warning}"));
         }
-        Ok(Self {
-            client: Client::new(&config)?,
-            out,
-        })
+        let mut client = Client::new(&config)?;
+        if matches!(config.source, AddressSource::Node | AddressSource::Default) {
+            // A node that was killed and started again may listen on other ports; it says where.
+            let addr = global.addr.clone();
+            client = client.looked_up_by(move || {
+                let found = ClientConfig::load(&env, addr.as_deref()).ok();
+                found.filter(|found| found.source == AddressSource::Node)
+            });
+        }
+        Ok(Self { client, out })
     }
 }
 

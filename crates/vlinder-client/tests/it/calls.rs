@@ -3,8 +3,8 @@
 use crate::fake::{Answer, Scripted, TOKEN, client, limits, nowhere, silent};
 use std::time::{Duration, Instant};
 use tonic::Code;
-use vlinder_client::{Error, Limits};
-use vlinder_config::Service;
+use vlinder_client::{Client, Error, Limits};
+use vlinder_config::{ClientConfig, Env, NodeAddresses, Service};
 use vlinder_proto::secret::{DeleteRequest, GetRequest};
 
 fn get() -> GetRequest {
@@ -140,4 +140,83 @@ async fn bad_addresses_and_tokens_are_usage() {
     assert_eq!(none.exit_code(), 2, "{none}");
     let urls = [(Service::Secret, vec![])];
     assert!(vlinder_client::Client::of(urls, Some("a\nb"), "default").is_err());
+}
+
+/// What a node writes at its start: all services at one address, and the credential.
+fn started(env: &Env, data_dir: &std::path::Path, url: &str, token: &str) -> ClientConfig {
+    let mut addresses = NodeAddresses::default();
+    for service in Service::ALL {
+        addresses.set(service, url.parse().unwrap());
+    }
+    addresses.write(data_dir).unwrap();
+    std::fs::write(data_dir.join("run/token"), token).unwrap();
+    ClientConfig::load(env, None).unwrap()
+}
+
+#[tokio::test]
+async fn a_node_that_came_back_elsewhere_is_found() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join(".vlinder");
+    std::fs::create_dir_all(data_dir.join("run")).unwrap();
+    let env = Env::bare(home.path(), "here");
+    let service = Scripted::default();
+    let (url, task) = service.serve().await;
+    let config = started(&env, &data_dir, &url, TOKEN);
+    let looks = env.clone();
+    let client = Client::new(&config).unwrap().with_limits(limits());
+    let client = client.looked_up_by(move || ClientConfig::load(&looks, None).ok());
+    client.get_secret(get()).await.unwrap();
+
+    // Gone: it is an error at once, as without looking it up.
+    task.abort();
+    let _ = task.await;
+    let error = client.get_secret(get()).await.unwrap_err();
+    assert_eq!(error.exit_code(), 3, "{error}");
+
+    // Back on another port and with another credential, for all that share the connection.
+    let (url, _task) = service.serve().await;
+    started(&env, &data_dir, &url, "fedcba9876543210");
+    let other = client.clone();
+    client.get_secret(get()).await.unwrap();
+    other.delete_secret(DeleteRequest::default()).await.unwrap();
+    let seen = service.seen();
+    let last: Vec<&str> = seen.iter().rev().take(2).map(String::as_str).collect();
+    assert_eq!(
+        last,
+        [
+            "delete Bearer fedcba9876543210",
+            "get Bearer fedcba9876543210"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_credential_that_was_made_anew_is_read_again() {
+    let home = tempfile::tempdir().unwrap();
+    let data_dir = home.path().join(".vlinder");
+    std::fs::create_dir_all(data_dir.join("run")).unwrap();
+    let env = Env::bare(home.path(), "here");
+    let service = Scripted::new([Answer::Refuse(Code::Unauthenticated)]);
+    let (url, _task) = service.serve().await;
+    let config = started(&env, &data_dir, &url, TOKEN);
+    let looks = env.clone();
+    let client = Client::new(&config).unwrap().with_limits(limits());
+    let client = client.looked_up_by(move || ClientConfig::load(&looks, None).ok());
+    started(&env, &data_dir, &url, "fedcba9876543210");
+    client
+        .delete_secret(DeleteRequest::default())
+        .await
+        .unwrap();
+    let expected = [TOKEN, "fedcba9876543210"].map(|token| format!("delete Bearer {token}"));
+    assert_eq!(service.seen(), expected);
+
+    // Where it is the same, a refusal is a refusal.
+    let service = Scripted::new([Answer::Refuse(Code::Unauthenticated)]);
+    let (url, _task) = service.serve().await;
+    let looks = env.clone();
+    let client = Client::new(&started(&env, &data_dir, &url, TOKEN)).unwrap();
+    let client = client.looked_up_by(move || ClientConfig::load(&looks, None).ok());
+    let error = client.get_secret(get()).await.unwrap_err();
+    assert_eq!(error.exit_code(), 8, "{error}");
+    assert_eq!(service.seen().len(), 1);
 }
