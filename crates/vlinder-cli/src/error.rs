@@ -93,9 +93,10 @@ impl Error {
         }
     }
 
-    /// What programs read on stderr.
+    /// What programs read: `{code, message, exit}`. Also where another value of the same command
+    /// carries it, as its field `error`.
     pub fn json(&self) -> Value {
-        json!({ "error": { "code": self.code(), "message": self.to_string() } })
+        json!({ "code": self.code(), "message": self.to_string(), "exit": self.exit_code() })
     }
 }
 
@@ -121,7 +122,8 @@ mod tests {
             (Error::Cancelled(text()), 10),
         ] {
             assert_eq!(error.exit_code(), code, "{error:?}");
-            assert_eq!(error.json()["error"]["code"], error.code());
+            assert_eq!(error.json()["code"], error.code());
+            assert_eq!(error.json()["exit"], code);
         }
     }
 }

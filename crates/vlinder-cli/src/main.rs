@@ -1,8 +1,8 @@
 //! `vlinder`, the command line: parse, find the cluster, do one thing, end with its exit code.
 //!
 //! What it guarantees: stdout carries only what was asked for (with `-o json` one value, or one a line
-//! where a command streams), everything else goes to stderr; the exit code is one of interfaces.md
-//! §1 and §3; nothing that an agent or a service said can act on a terminal.
+//! where a command streams; of a command that fails it is or carries the error), everything else goes to
+//! stderr; the exit code is one of interfaces.md §1 and §3; nothing that an agent or a service said can act on a terminal.
 //!
 //! What it does not do: it knows nothing of the bus and holds no state. Whatever it shows it asked a
 //! service for, through `vlinder-client`.
@@ -20,8 +20,10 @@ mod text;
 
 use args::{Cli, Format};
 use clap::Parser;
+use clap::error::ErrorKind;
 use error::Error;
 use out::Out;
+use std::io::Write;
 use std::process::ExitCode;
 use vlinder_config::Env;
 
@@ -61,12 +63,20 @@ fn refuse(error: &clap::Error) -> ExitCode {
     // Where neither stream takes it there is nobody to tell.
     let _ = error.print();
     if error.use_stderr() && wants_json(std::env::args()) {
-        let first = error.to_string();
-        let first = first.lines().next().unwrap_or_default();
-        let message = first.strip_prefix("error: ").unwrap_or(first).to_owned();
-        eprintln!("{}", Error::Usage(message).json());
+        let error = serde_json::json!({ "error": Error::Usage(message_of(error)).json() });
+        let _ = writeln!(std::io::stdout(), "{error}");
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+/// What is wrong with a command line, in one line. Where a command is missing clap shows the help.
+fn message_of(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "a command is missing; --help shows all".to_owned();
+    }
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    first.strip_prefix("error: ").unwrap_or(first).to_owned()
 }
 
 /// Whether a command line that cannot be parsed asks for JSON.

@@ -4,17 +4,20 @@ use crate::args::Format;
 use crate::error::Error;
 use crate::table::Table;
 use crate::text;
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 
 /// The output of one command.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Out {
     /// Whether JSON is wanted.
     pub json: bool,
     /// Whether stdout is a terminal.
     pub terminal: bool,
     colours: bool,
+    /// Whether the last value on stdout carries the error that the command is about to end with.
+    told: Cell<bool>,
 }
 
 impl Out {
@@ -25,6 +28,7 @@ impl Out {
             json: format == Format::Json,
             terminal,
             colours: terminal && !no_colours,
+            told: Cell::new(false),
         }
     }
 
@@ -60,13 +64,24 @@ impl Out {
         self.line(&value.to_string())
     }
 
+    /// The one JSON value of a command that has something to show and fails all the same: the value
+    /// carries the error, so that [`Out::error`] prints no second one. `line`: one of many.
+    pub fn failed_value(&self, mut value: Value, error: Value, line: bool) -> Result<(), Error> {
+        value["error"] = error;
+        self.told.set(true);
+        match line {
+            true => self.value_line(&value),
+            false => self.value(&value),
+        }
+    }
+
     /// A table, or a sentence where it has no rows (on stderr: stdout stays empty).
     pub fn table(&self, table: &Table, none: &str) -> Result<(), Error> {
         if table.is_empty() {
             self.note(none);
             return Ok(());
         }
-        self.raw(table.render(self.colours).as_bytes())
+        self.raw(table.render(self.terminal, self.colours).as_bytes())
     }
 
     /// JSON where it is wanted, else the table.
@@ -96,14 +111,16 @@ impl Out {
         let _ = writeln!(std::io::stderr(), "{}", text::safe(remark));
     }
 
-    /// The error that ends a command: as text, and with `-o json` also as a value on the last line.
+    /// The error that ends a command: for people on stderr, and with `-o json` also as a value on
+    /// stdout, `{"error": {code, message, exit}}`, unless one that was just printed carries it.
     pub fn error(&self, error: &Error) {
         if matches!(error, Error::OutputClosed) {
             return;
         }
         self.note(&format!("error: {error}"));
-        if self.json {
-            let _ = writeln!(std::io::stderr(), "{}", error.json());
+        if self.json && !self.told.take() {
+            // Where stdout is closed there is nobody to tell.
+            let _ = self.value_line(&json!({ "error": error.json() }));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Columns for people: aligned, at most [`WIDTH`] wide, nothing in a cell can act on the terminal.
+//! Columns for people: aligned, nothing in a cell can act on the terminal, and on a terminal at most
+//! [`WIDTH`] wide. What goes into a pipe or a file is not cut: somebody will search it.
 
 use crate::text;
 
@@ -14,7 +15,7 @@ const NARROWEST: usize = 8;
 pub enum Column {
     /// What is copied out of the table: never cut.
     Whole,
-    /// Prose: cut where the table would be too wide.
+    /// Prose: cut where the table would be too wide for a terminal.
     Cut,
     /// A figure: never cut, on the right.
     Number,
@@ -52,9 +53,9 @@ impl Table {
         self.rows.is_empty()
     }
 
-    /// The table as text, with a line of headings.
-    pub fn render(&self, colours: bool) -> String {
-        let widths = self.widths();
+    /// The table as text, with a line of headings. `terminal`: it is to fit there.
+    pub fn render(&self, terminal: bool, colours: bool) -> String {
+        let widths = self.widths(if terminal { WIDTH } else { usize::MAX });
         let mut out = String::new();
         let headings: Vec<String> = self
             .columns
@@ -68,7 +69,7 @@ impl Table {
         out
     }
 
-    fn widths(&self) -> Vec<usize> {
+    fn widths(&self, most: usize) -> Vec<usize> {
         let wanted = |index: usize| {
             let cells = self.rows.iter().map(|row| row[index].chars().count());
             cells
@@ -80,14 +81,14 @@ impl Table {
         let gaps = GAP * self.columns.len().saturating_sub(1);
         loop {
             let total = widths.iter().sum::<usize>() + gaps;
+            if total <= most {
+                return widths;
+            }
             let cuttable = (0..widths.len())
                 .filter(|&index| self.columns[index].1 == Column::Cut && widths[index] > NARROWEST);
             let Some(widest) = cuttable.max_by_key(|&index| widths[index]) else {
                 return widths;
             };
-            if total <= WIDTH {
-                return widths;
-            }
             widths[widest] -= 1;
         }
     }
@@ -97,7 +98,7 @@ impl Table {
         for (index, cell) in cells.iter().enumerate() {
             let (width, kind) = (widths[index], self.columns[index].1);
             let cell = match kind {
-                Column::Cut => text::brief(cell, width),
+                Column::Cut if cell.chars().count() > width => text::brief(cell, width),
                 _ => cell.clone(),
             };
             let blanks = " ".repeat(width.saturating_sub(cell.chars().count()));
@@ -143,8 +144,8 @@ mod tests {
         table.row(["a".into(), "1".into(), "ready".into()]);
         table.row(["longer".into(), "1000".into(), String::new()]);
         let text = "NAME       N  STATE\na          1  ready\nlonger  1000  -\n";
-        assert_eq!(table.render(false), text);
-        let coloured = table.render(true);
+        assert_eq!(table.render(true, false), text);
+        let coloured = table.render(true, true);
         assert!(
             coloured.contains("\u{1b}[32mready\u{1b}[0m"),
             "{coloured:?}"
@@ -160,7 +161,7 @@ mod tests {
         ]);
         let id = "t-".to_owned() + &"0".repeat(32);
         table.row([id.clone(), "x".repeat(500), "why not".into()]);
-        let text = table.render(false);
+        let text = table.render(true, false);
         assert!(
             text.lines().all(|line| line.chars().count() <= WIDTH),
             "{text}"
@@ -169,13 +170,19 @@ mod tests {
             text.contains(&id) && text.contains("xx…  why not"),
             "{text}"
         );
+        // Into a pipe it goes whole.
+        let text = table.render(false, false);
+        assert!(
+            text.contains(&"x".repeat(500)) && !text.contains('…'),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_cell_cannot_act_on_the_terminal() {
         let mut table = Table::new(&[("line", Column::Whole)]);
         table.row(["\u{1b}[2Jboo\nNEXT\u{9b}".into()]);
-        let text = table.render(false);
+        let text = table.render(true, false);
         assert_eq!(text, "LINE\n\\u{1b}[2Jboo\\nNEXT\\u{9b}\n");
     }
 }

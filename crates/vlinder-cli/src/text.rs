@@ -117,6 +117,14 @@ pub fn short(id: &str, digits: usize) -> &str {
     id.get(..digits).unwrap_or(id)
 }
 
+/// A number of things: `1 turn`, `2 turns`.
+pub fn count(n: u64, thing: &str) -> String {
+    match n {
+        1 => format!("1 {thing}"),
+        _ => format!("{n} {thing}s"),
+    }
+}
+
 /// The text, or a dash for none.
 pub fn or_dash(text: &str) -> &str {
     match text.is_empty() {
@@ -160,6 +168,12 @@ mod tests {
             [size(0), size(12), size(4300), size(1 << 31)],
             ["-", "12 B", "4.2 KiB", "2.0 GiB"]
         );
+    }
+
+    #[test]
+    fn one_is_not_many() {
+        let shown = [0, 1, 2].map(|n| count(n, "turn"));
+        assert_eq!(shown, ["0 turns", "1 turn", "2 turns"]);
     }
 
     #[test]

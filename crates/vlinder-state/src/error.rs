@@ -14,7 +14,7 @@ pub enum Error {
         reason: String,
     },
     /// What was asked for is not on record.
-    #[error("{what} not found{hint}")]
+    #[error("{what} does not exist{hint}")]
     NotFound {
         /// What, with its name.
         what: String,

@@ -67,8 +67,8 @@ async fn deploy(cx: &Cx<'_>, path: &Path, wait: Option<Duration>) -> Result<(), 
     let agent = if manifest.runtime == RuntimeKind::Process {
         let bundle = pack::pack(path)?;
         cx.out.note(&format!(
-            "packed {} files, {}",
-            bundle.entries,
+            "packed {}, {}",
+            text::count(bundle.entries as u64, "file"),
             text::size(bundle.bytes.len() as u64)
         ));
         let hash = ContentHash::of(&bundle.bytes).to_string();

@@ -198,9 +198,12 @@ fn say(cx: &Cx<'_>, chunk: &proto::Chunk, printed: &mut String) -> Result<(), Er
 pub fn show(cx: &Cx<'_>, ended: &Ended, line: bool) -> Result<(), Error> {
     if cx.out.json {
         let value = value(ended);
-        return match line {
-            true => cx.out.value_line(&value),
-            false => cx.out.value(&value),
+        return match (outcome(&ended.end), line) {
+            (Err(error), _) => cx
+                .out
+                .failed_value(value, error_of(&ended.end, &error), line),
+            (Ok(()), true) => cx.out.value_line(&value),
+            (Ok(()), false) => cx.out.value(&value),
         };
     }
     if ended.end.outcome != "done" {
@@ -240,14 +243,16 @@ fn value(ended: &Ended) -> Value {
     value["hash"] = end.hash.clone().into();
     value["status"] = end.outcome.clone().into();
     value["attached"] = accepted.attached.into();
-    if let Err(error) = outcome(end) {
-        let code = if end.code.is_empty() {
-            error.code()
-        } else {
-            end.code.as_str()
-        };
-        value["error"] = json!({ "code": code, "message": message_of(end) });
+    value
+}
+
+/// The error of a turn: what was recorded says more than the kind of our own error.
+fn error_of(end: &proto::End, error: &Error) -> Value {
+    let mut value = error.json();
+    if !end.code.is_empty() {
+        value["code"] = end.code.clone().into();
     }
+    value["message"] = message_of(end).into();
     value
 }
 
@@ -259,6 +264,10 @@ pub fn outcome(end: &proto::End) -> Result<(), Error> {
         _ if end.code == "no_worker" => Err(Error::NoWorker(format!(
             "no live worker could serve the turn: {message}"
         ))),
+        // The reason on record mostly says by whom: `cancelled by a client`.
+        "cancelled" if message.starts_with("cancelled") => {
+            Err(Error::Cancelled(format!("the turn was {message}")))
+        }
         "cancelled" => Err(Error::Cancelled(format!(
             "the turn was cancelled: {message}"
         ))),
@@ -319,6 +328,21 @@ mod tests {
     }
 
     #[test]
+    fn a_cancelled_turn_is_told_once() {
+        for (reason, told) in [
+            (
+                "cancelled by a client",
+                "the turn was cancelled by a client",
+            ),
+            ("its client left", "the turn was cancelled: its client left"),
+            ("", "the turn was cancelled: nothing was said"),
+        ] {
+            let error = outcome(&end("cancelled", "cancelled", reason)).unwrap_err();
+            assert_eq!(error.to_string(), told);
+        }
+    }
+
+    #[test]
     fn nothing_is_printed_twice() {
         let left = |output: &str, printed: &str| {
             String::from_utf8(left_to_print(output.as_bytes(), printed)).unwrap()
@@ -362,11 +386,11 @@ mod tests {
         );
 
         ended.end = end("failed", "http_500", "boom");
-        let failed = value(&ended);
+        assert_eq!(value(&ended)["status"], "failed");
+        let error = outcome(&ended.end).unwrap_err();
         assert_eq!(
-            failed["error"],
-            json!({ "code": "http_500", "message": "boom" })
+            error_of(&ended.end, &error),
+            json!({ "code": "http_500", "message": "boom", "exit": 6 })
         );
-        assert_eq!(failed["status"], "failed");
     }
 }

@@ -104,19 +104,22 @@ async fn get(cx: &Cx<'_>, id: String, branch: String, full: bool) -> Result<(), 
     }
     let sealed = if session.sealed { ", sealed" } else { "" };
     let shown = format!(
-        "session {} of {} · branch {}{sealed} (default {}) · {} turns · begun {}",
+        "session {} of {} · branch {}{sealed} (default {}) · {} · begun {}",
         session.id,
         session.agent,
         session.branch,
         session.default_branch,
-        session.turns_total,
+        text::count(session.turns_total, "turn"),
         text::timestamp(session.started_at),
     );
     cx.out.line(&text::safe_line(&shown))?;
     if !session.earlier.is_empty() {
         cx.out.note(&format!(
-            "only the last {} turns are shown",
-            session.turns.len()
+            "only the last {} of them shown",
+            match session.turns.len() {
+                1 => "one is".to_owned(),
+                some => format!("{some} are"),
+            }
         ));
     }
     for (index, turn) in session.turns.iter().enumerate() {
@@ -316,7 +319,7 @@ async fn the_one_with(cx: &Cx<'_>, branch: &str) -> Result<String, Error> {
     match found.as_slice() {
         [only] => Ok(only.clone()),
         [] => Err(Error::NotFound(format!(
-            "none of the last {} sessions has a branch {branch}; --session names another",
+            "none of the last active sessions ({} searched) has a branch {branch}; --session names another",
             sessions.len()
         ))),
         several => {
@@ -341,22 +344,29 @@ async fn verify(cx: &Cx<'_>, id: String) -> Result<(), Error> {
         fields.insert("session".to_owned(), id.clone().into());
     }
     if found.ok {
-        let sentence = format!("session {id}: {} nodes, every hash is right", found.nodes);
+        let sentence = format!(
+            "session {id}: {}, every hash is right",
+            text::count(found.nodes, "node")
+        );
         return cx.out.done(value, &sentence);
     }
+    let error = Error::Failed(format!(
+        "session {id}: {} among {}",
+        text::count(
+            found.problems_total.max(found.problems.len() as u64),
+            "problem"
+        ),
+        text::count(found.nodes, "node")
+    ));
     match cx.out.json {
-        true => cx.out.value(&value)?,
+        true => cx.out.failed_value(value, error.json(), false)?,
         false => {
             for problem in &found.problems {
                 cx.out.line(&text::safe_line(problem))?;
             }
         }
     }
-    Err(Error::Failed(format!(
-        "session {id}: {} of {} nodes are wrong",
-        found.problems_total.max(found.problems.len() as u64),
-        found.nodes
-    )))
+    Err(error)
 }
 
 #[cfg(test)]

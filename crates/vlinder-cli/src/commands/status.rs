@@ -42,16 +42,18 @@ pub async fn run(cx: &Cx<'_>) -> Result<(), Error> {
     // Registry and harness are the hub; without either there is no answer worth its name.
     let hub = [answers.nodes.as_ref().err(), answers.queues.as_ref().err()];
     let nothing = hub.iter().all(Option::is_some) && answers.turns.is_err();
-    if !nothing {
-        match cx.out.json {
-            true => cx.out.value(&value(&answers))?,
-            false => show(cx, &answers)?,
-        }
+    let shown = (!nothing).then(|| value(&answers));
+    if !nothing && !cx.out.json {
+        show(cx, &answers)?;
     }
     let Answers { nodes, queues, .. } = answers;
-    nodes?;
-    queues?;
-    Ok(())
+    let outcome = nodes.map(drop).and(queues.map(drop)).map_err(Error::from);
+    match (shown.filter(|_| cx.out.json), &outcome) {
+        (Some(shown), Ok(())) => cx.out.value(&shown)?,
+        (Some(shown), Err(error)) => cx.out.failed_value(shown, error.json(), false)?,
+        (None, _) => {}
+    }
+    outcome
 }
 
 async fn ask(cx: &Cx<'_>) -> Answers {
@@ -166,8 +168,8 @@ fn show(cx: &Cx<'_>, answers: &Answers) -> Result<(), Error> {
         && !dead.is_empty()
     {
         out.line(&format!(
-            "\n{} messages were given up: vlinder queue dead list",
-            dead.len()
+            "\n{} given up: vlinder queue dead list",
+            text::count(dead.len() as u64, "message")
         ))?;
     }
     for problem in problems(answers) {

@@ -202,7 +202,7 @@ mod tests {
                 .into(),
             ..Default::default()
         };
-        let text = table(std::slice::from_ref(&turn)).render(false);
+        let text = table(std::slice::from_ref(&turn)).render(true, false);
         assert!(text.contains(&turn.submission));
         assert!(
             text.lines().all(|line| line.chars().count() <= 100),

@@ -60,10 +60,38 @@ fn without_a_daemon_every_question_ends_with_3_and_the_address() {
 }
 
 #[test]
-fn with_json_the_error_is_a_value_on_the_last_line_of_stderr() {
+fn with_json_every_error_is_the_one_value_on_stdout() {
     let shell = Shell::new();
     for (args, exit, code) in [
         (&["agent", "list", "-o", "json"][..], 3, "unavailable"),
+        (
+            &["agent", "run", "a", "-p", "hi", "-ojson"],
+            3,
+            "unavailable",
+        ),
+        (&["session", "verify", "s", "-o", "json"], 3, "unavailable"),
+        (&["turn", "cancel", "t", "-o", "json"], 3, "unavailable"),
+        (
+            &["worker", "logs", "harness", "-o", "json"],
+            3,
+            "unavailable",
+        ),
+        (&["queue", "dead", "list", "-o", "json"], 3, "unavailable"),
+        (&["secret", "get", "k", "-o", "json"], 3, "unavailable"),
+        (&["status", "-o", "json"], 3, "unavailable"),
+        (&["events", "-o", "json"], 3, "unavailable"),
+        (&["bench", "-o", "json"], 3, "unavailable"),
+        (&["-o", "json"], 2, "invalid_argument"),
+        (
+            &["--addr", "http://", "status", "-ojson"],
+            2,
+            "invalid_argument",
+        ),
+        (
+            &["agent", "new", "cobol", "x", "-ojson"],
+            2,
+            "invalid_argument",
+        ),
         (&["agent", "fly", "-o", "json"], 2, "invalid_argument"),
         (
             &["-o", "json", "session", "diff", "s", "a", "b"],
@@ -74,11 +102,15 @@ fn with_json_the_error_is_a_value_on_the_last_line_of_stderr() {
     ] {
         let output = shell.run(args);
         assert_eq!(output.status.code(), Some(exit), "{args:?}: {output:?}");
-        assert!(output.stdout.is_empty(), "{args:?}: {output:?}");
-        let last = text(&output.stderr).lines().last().unwrap();
-        let value: Value = serde_json::from_str(last).unwrap();
+        // One value, and nothing after it.
+        let value: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(value["error"]["code"], code, "{args:?}");
-        assert!(value["error"]["message"].is_string(), "{args:?}");
+        assert_eq!(value["error"]["exit"], exit, "{args:?}");
+        let message = value["error"]["message"].as_str().unwrap();
+        assert!(!message.is_empty(), "{args:?}");
+        // People are told, too, and only in words.
+        let said = text(&output.stderr);
+        assert!(!said.is_empty() && !said.contains("{\"error\""), "{said}");
     }
 }
 

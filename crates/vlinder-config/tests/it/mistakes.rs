@@ -53,6 +53,7 @@ fn mistakes_of_all_layers_come_together() {
     let home = Home::new()
         .config("x = 1\n")
         .file("run/live.toml", "[distributed.workers]\nharness = -1\n")
+        .var("VLINDER_QUEU_NATS_URL", "nats://hub")
         .var("VLINDER_QUEUE_BAKEND", "nats")
         .var("VLINDER_QUEUE_REPLICAS", "")
         .var("VLINDER_WORKERS_HARNES", "1")
@@ -73,6 +74,7 @@ fn mistakes_of_all_layers_come_together() {
         lines(&mistakes, home.dir.path()),
         [
             "~/.vlinder/config.toml:1: x: is not a key",
+            "VLINDER_QUEU_NATS_URL: is not a variable of Vlinder; did you mean VLINDER_QUEUE_NATS_URL?",
             "VLINDER_QUEUE_BAKEND: is not a variable of Vlinder; did you mean VLINDER_QUEUE_BACKEND?",
             "VLINDER_QUEUE_REPLICAS: queue.replicas = \"\": is empty; expected a whole number from \
              1 to 5, or leave it out",

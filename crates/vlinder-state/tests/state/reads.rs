@@ -145,7 +145,7 @@ async fn a_session_is_found_by_id_name_and_unique_prefix() {
         error.message()
     );
     let error = bed.get_session("something else").await.unwrap_err();
-    assert_eq!(error.message(), "session \"something else\" not found");
+    assert_eq!(error.message(), "session \"something else\" does not exist");
     for n in 0..10 {
         bed.session(&format!("x-{n}"), "").await;
     }
