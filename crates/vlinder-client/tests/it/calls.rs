@@ -160,7 +160,17 @@ async fn a_node_that_came_back_elsewhere_is_found() {
     std::fs::create_dir_all(data_dir.join("run")).unwrap();
     let env = Env::bare(home.path(), "here");
     let service = Scripted::default();
-    let (url, task) = service.serve().await;
+    // A runtime of its own, that takes its open connections along when it goes.
+    let node = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let serving = service.clone();
+    let (url, _) = node
+        .spawn(async move { serving.serve().await })
+        .await
+        .unwrap();
     let config = started(&env, &data_dir, &url, TOKEN);
     let looks = env.clone();
     let client = Client::new(&config).unwrap().with_limits(limits());
@@ -168,8 +178,7 @@ async fn a_node_that_came_back_elsewhere_is_found() {
     client.get_secret(get()).await.unwrap();
 
     // Gone: it is an error at once, as without looking it up.
-    task.abort();
-    let _ = task.await;
+    node.shutdown_background();
     let error = client.get_secret(get()).await.unwrap_err();
     assert_eq!(error.exit_code(), 3, "{error}");
 

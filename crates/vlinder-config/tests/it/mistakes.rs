@@ -74,10 +74,10 @@ fn mistakes_of_all_layers_come_together() {
         lines(&mistakes, home.dir.path()),
         [
             "~/.vlinder/config.toml:1: x: is not a key",
-            "VLINDER_QUEU_NATS_URL: is not a variable of Vlinder; did you mean VLINDER_QUEUE_NATS_URL?",
             "VLINDER_QUEUE_BAKEND: is not a variable of Vlinder; did you mean VLINDER_QUEUE_BACKEND?",
             "VLINDER_QUEUE_REPLICAS: queue.replicas = \"\": is empty; expected a whole number from \
              1 to 5, or leave it out",
+            "VLINDER_QUEU_NATS_URL: is not a variable of Vlinder; did you mean VLINDER_QUEUE_NATS_URL?",
             "VLINDER_WORKERS_HARNES: is not a variable of Vlinder; did you mean \
              VLINDER_WORKERS_HARNESS?",
             "--set: queue.bakend: is not a key; did you mean queue.backend?",
