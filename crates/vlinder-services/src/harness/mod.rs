@@ -6,6 +6,7 @@
 
 mod bench;
 mod dead;
+mod ends;
 pub mod events;
 mod room;
 mod run;
@@ -30,7 +31,7 @@ use vlinder_worker::infra::InfraView;
 use vlinder_worker::{Error, WorkerCx};
 
 pub use bench::BenchOptions;
-pub use run::end_overdue;
+pub use ends::end_overdue;
 
 type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -93,7 +94,7 @@ impl Harness for HarnessService {
         status::namespace(&request.namespace)?;
         let submission = SubmissionId::new(&request.submission).map_err(status::of_id)?;
         let (end, already_ended) =
-            run::cancel(&self.0.cx, &submission, "cancelled by a client").await?;
+            ends::cancel(&self.0.cx, &submission, "cancelled by a client").await?;
         Ok(Response::new(CancelResponse {
             outcome: end.outcome.to_string(),
             already_ended,

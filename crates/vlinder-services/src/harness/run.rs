@@ -1,6 +1,7 @@
 //! One turn, from the request to its end.
 
 use super::Shared;
+use super::ends::{cancel, end_overdue};
 use super::said::Said;
 use super::sessions::{BranchEnd, Head, end_of};
 use crate::{status, waiting};
@@ -14,8 +15,8 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
-use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_BY, NOTE_REASON};
-use vlinder_bus::{Gaps, Message, Seen, Signal, Stored, Subject, subjects};
+use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_BY};
+use vlinder_bus::{Gaps, Message, Seen, Signal, Stored, subjects};
 use vlinder_core::manifest::TIMEOUT_MAX;
 use vlinder_core::record::{End, Invoke, Outcome};
 use vlinder_core::{
@@ -23,7 +24,6 @@ use vlinder_core::{
 };
 use vlinder_proto::harness as proto;
 use vlinder_proto::harness::run_event::Event;
-use vlinder_worker::WorkerCx;
 use vlinder_worker::serving::NO_WORKER;
 
 /// Events of one turn that a slow client may be behind; chunks beyond it are dropped, ends never.
@@ -537,78 +537,6 @@ impl Turn {
             .sessions
             .remember_head(&self.invoke.session, &self.invoke.branch, head);
     }
-}
-
-/// Ends a turn as cancelled, unless it has ended; returns its end and whether that came first.
-pub async fn cancel(
-    cx: &WorkerCx,
-    submission: &SubmissionId,
-    reason: &str,
-) -> Result<(End, bool), Status> {
-    if let Some((end, _)) = end_of(cx, submission).await? {
-        return Ok((end, true));
-    }
-    let found = crate::infra::find_open(cx, submission).await?;
-    let (invoke, hash) = found.ok_or_else(|| {
-        Status::not_found(format!(
-            "turn {submission} does not exist; `vlinder turn list` shows what runs"
-        ))
-    })?;
-    let (end, _) = append_end(cx, &invoke, hash, Outcome::Cancelled, reason).await?;
-    let already = end.outcome != Outcome::Cancelled;
-    Ok((end, already))
-}
-
-/// Ends a turn whose deadline has passed.
-pub async fn end_overdue(
-    cx: &WorkerCx,
-    invoke: &Invoke,
-    hash: NodeHash,
-) -> Result<(End, Stored), Status> {
-    let reason = format!("the turn took longer than {} ms", invoke.timeout_ms);
-    append_end(cx, invoke, hash, Outcome::Deadline, &reason).await
-}
-
-/// Appends an end from outside the runtime. The first end wins: returns whichever that is.
-async fn append_end(
-    cx: &WorkerCx,
-    invoke: &Invoke,
-    hash: NodeHash,
-    outcome: Outcome,
-    reason: &str,
-) -> Result<(End, Stored), Status> {
-    let end = End {
-        namespace: invoke.namespace.clone(),
-        agent: invoke.agent.clone(),
-        session: invoke.session.clone(),
-        branch: invoke.branch.clone(),
-        submission: invoke.submission.clone(),
-        outcome,
-        state: invoke.state,
-        code: Some(outcome.to_string()),
-    };
-    // Parents are all maximal results that stand in the log by now; none: the invoke.
-    let parents = vlinder_worker::service::maximal_results(cx, &invoke.submission, hash).await;
-    let node = end.to_node(parents.map_err(status::of_bus)?, reason.as_bytes());
-    let subject = Subject::End {
-        ns: cx.ns.clone(),
-        submission: invoke.submission.clone(),
-    };
-    let message = Message::new(
-        cx.log(),
-        subject,
-        node,
-        Bytes::copy_from_slice(reason.as_bytes()),
-    )
-    .expecting(0)
-    .note(NOTE_BY, &cx.id)
-    .note(NOTE_REASON, reason);
-    match cx.bus.append(message).await {
-        Ok(_) | Err(vlinder_bus::Error::Conflict { .. }) => {}
-        Err(error) => return Err(status::of_bus(error)),
-    }
-    let winner = end_of(cx, &invoke.submission).await?;
-    winner.ok_or_else(|| Status::data_loss("a confirmed end is not in the log"))
 }
 
 #[cfg(test)]
