@@ -117,7 +117,7 @@ async fn an_agent_that_cannot_start_is_named_at_deploy() {
             "python3 -c 'import sys; print(\"the reason\", file=sys.stderr); sys.exit(7)'",
             "the reason",
         ),
-        ("mute", "sleep 1000", "not ready"),
+        ("mute", "sleep 1000", "has not answered GET /health"),
     ] {
         let directory = puppet(&node, name, "");
         let manifest = fs::read_to_string(directory.join("agent.toml")).unwrap();
@@ -147,8 +147,53 @@ async fn an_agent_that_cannot_start_is_named_at_deploy() {
             failed.stderr.contains(words),
             "{name}: no {words:?}: {failed:#?}"
         );
+        // It is not "starting" for ever: who looks later is told the same.
+        let wanted = match name {
+            "mute" => "starting",
+            _ => "crash-looping",
+        };
+        let listed = wait_for(
+            format!("{name} is listed as {wanted} with the reason"),
+            Duration::from_secs(10),
+            async || node.cli(&["agent", "list", "-o", "json"]).await.json(),
+            |listed| {
+                let reason = listed[0]["reason"].as_str().unwrap_or_default();
+                listed[0]["status"] == wanted && reason.contains(words)
+            },
+        )
+        .await;
+        let replica = &listed[0]["instances"][0];
+        assert_eq!(replica["state"], wanted, "{listed:#}");
         node.cli(&["agent", "delete", name]).await.code(0);
     }
+    node.stop_cleanly().await;
+}
+
+#[tokio::test]
+async fn versions_count_from_one_for_each_agent() {
+    let node = Node::embedded().await;
+    let version = async |name: &str, lines: &str| {
+        let path = puppet(&node, name, lines).display().to_string();
+        let args = ["agent", "deploy", "-p", &path, "-o", "json"];
+        node.cli(&args).await.code(0).json()["version"].clone()
+    };
+    assert_eq!(version("one", "").await, 1);
+    assert_eq!(version("two", "").await, 1);
+    assert_eq!(version("one", "").await, 1, "nothing changed");
+    assert_eq!(version("one", "timeout = \"30s\"").await, 2);
+    assert_eq!(version("two", "timeout = \"30s\"").await, 2);
+    // A number is never given twice.
+    let deleted = node.cli(&["agent", "delete", "one", "-o", "json"]).await;
+    assert_eq!(deleted.code(0).json()["version"], 2);
+    assert_eq!(version("one", "").await, 3);
+    let list = node.cli(&["agent", "list", "-o", "json"]).await.json();
+    let versions: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|a| &a["version"])
+        .collect();
+    assert_eq!(versions, [3, 2], "{list:#}");
     node.stop_cleanly().await;
 }
 

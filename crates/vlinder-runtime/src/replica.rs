@@ -10,6 +10,7 @@ use crate::pool::{Gone, Replica};
 use hyper::Request;
 use hyper::header::HOST;
 use rand::Rng;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -19,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long an instance may take from its start until it answers `GET /health`.
 const START_MAX: Duration = Duration::from_secs(60);
+/// After this it is said of an instance that it has not answered yet.
+const SLOW_START: Duration = Duration::from_secs(2);
 /// First and longest pause between two questions for its health.
 const HEALTH_PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
 /// How long one answer to such a question may take.
@@ -125,7 +128,11 @@ async fn keep(
     };
     let mut ends = 0;
     loop {
-        now.state = "starting";
+        // It is not well again because it is tried again.
+        now.state = match ends >= CRASH_LOOP_AFTER {
+            true => "crash-looping",
+            false => "starting",
+        };
         now.pid = 0;
         status.send_replace(now.clone());
         let started = tokio::select! {
@@ -210,6 +217,7 @@ async fn start(
             tokio::time::sleep(LAST_LINES_WAIT).await;
             return Err(with_last_lines(shared, &spec, &exit.0));
         }
+        never = tell_if_slow(shared, &spec, status) => match never {},
         healthy = tokio::time::timeout(START_MAX, healthy(&client)) => match healthy {
             Ok(takes_json) => takes_json,
             Err(_) => {
@@ -220,6 +228,19 @@ async fn start(
     };
     let replica = Replica::new(deployment.clone(), client, takes_json, admitted);
     Ok((Arc::new(replica), instance))
+}
+
+/// An instance that runs and does not become healthy is told of long before it is given up.
+async fn tell_if_slow(
+    shared: &Shared,
+    spec: &LaunchSpec,
+    status: &watch::Sender<Status>,
+) -> Infallible {
+    tokio::time::sleep(SLOW_START).await;
+    let why = "it runs, but has not answered GET /health with 200 yet";
+    let why = with_last_lines(shared, spec, why);
+    status.send_modify(|status| status.reason = why);
+    std::future::pending().await
 }
 
 fn with_last_lines(shared: &Shared, spec: &LaunchSpec, why: &str) -> String {

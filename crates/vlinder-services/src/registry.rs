@@ -317,8 +317,9 @@ impl Registry for RegistryService {
         status::namespace(&request.namespace)?;
         let name = AgentName::new(&request.name).map_err(status::of_id)?;
         let infra = self.infra.fresh().await.map_err(status::of_worker)?;
-        infra.agent(&name).ok_or_else(|| no_agent(&name))?;
-        let version = self.set(AGENT, name.as_str(), None).await?;
+        let (_, entry) = infra.agent(&name).ok_or_else(|| no_agent(&name))?;
+        let version = entry.number;
+        self.set(AGENT, name.as_str(), None).await?;
         Ok(Response::new(proto::DeleteAgentResponse { version }))
     }
 

@@ -43,8 +43,11 @@ pub struct AgentVersion {
 pub struct Entry {
     /// The event that set it.
     pub hash: NodeHash,
-    /// Its sequence in `CTL`; also the version number that people see.
+    /// Its sequence in `CTL`: the version that machines compare.
     pub seq: u64,
+    /// How often the name was set so far: the version that people see, 1, 2, 3. A delete does not begin
+    /// it anew.
+    pub number: u64,
     /// When it was set, milliseconds since the Unix epoch, by the log's clock.
     pub time_ms: u64,
     /// The value: a JSON document; `None` after a delete.
@@ -99,14 +102,17 @@ impl Infra {
     fn apply(&mut self, stored: &Stored, event: InfraEvent, value: Option<serde_json::Value>) {
         let is_agent = event.what == AGENT;
         let agent = value.clone().filter(|_| is_agent);
+        let key = (event.what, event.name);
+        let before = self.entries.get(&key).map_or(0, |entry| entry.number);
         let entry = Entry {
             hash: stored.hash,
             seq: stored.seq,
+            number: before + u64::from(event.verb == "set"),
             time_ms: stored.time_ms,
             value,
             agent: agent.and_then(|value| Some(Arc::new(serde_json::from_value(value).ok()?))),
         };
-        self.entries.insert((event.what, event.name), entry);
+        self.entries.insert(key, entry);
         self.seq = stored.seq;
     }
 }

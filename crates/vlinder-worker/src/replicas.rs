@@ -19,7 +19,7 @@ pub struct ReplicaClaim {
     pub index: u32,
     /// The deployment's version.
     pub version: u64,
-    /// `starting ready failed`.
+    /// `starting ready backoff crash-looping draining`.
     pub state: String,
     /// Process id, 0 when there is none.
     pub pid: u32,
