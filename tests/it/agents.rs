@@ -65,6 +65,16 @@ async fn failures_are_told(spec: NodeSpec) {
     let flood = run(&node, PUPPET, "flood 30000", &[]).await.code(0);
     assert_eq!(output(&flood.json()), "flooded");
     println!("the flood took {:?}", flood.took);
+    // One that never ends is why the turn got no answer, with and without ends of lines.
+    for said in ["drown", "drown x"] {
+        let drowned = run(&node, PUPPET, said, &["--timeout", "4s"]).await;
+        assert_eq!(drowned.code, Some(AGENT_FAILED), "{said}: {drowned:#?}");
+        assert_eq!(drowned.json()["error"]["code"], "agent_flooded", "{said}");
+        assert!(
+            drowned.stderr.contains("flooded its output"),
+            "{drowned:#?}"
+        );
+    }
     // It lost the right to be heard for a moment only.
     wait_for(
         "its log shows a line after the flood",

@@ -6,6 +6,7 @@
 use async_trait::async_trait;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use vlinder_core::AgentName;
 use vlinder_core::manifest::{AgentManifest, RuntimeKind};
 use vlinder_worker::infra::AgentVersion;
@@ -92,6 +93,10 @@ pub trait Instance: Send + 'static {
     fn address(&self) -> SocketAddr;
     /// Its process id, 0 where there is none on this machine.
     fn pid(&self) -> u32;
+    /// What it printed and nobody kept because it was too much, in bytes, as it grows.
+    fn flood(&self) -> Arc<AtomicU64> {
+        Arc::default()
+    }
     /// Waits until it has ended. Cancel-safe.
     async fn exited(&mut self) -> Exit;
     /// Asks it to end, and ends it where it does not do so soon.

@@ -3,6 +3,7 @@
 use crate::bridge::{Admitted, Caller};
 use crate::http::AgentClient;
 use crate::launcher::Deployment;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 use vlinder_worker::Slots;
@@ -30,6 +31,8 @@ pub(crate) struct Replica {
     _admitted: Admitted,
     fate: watch::Sender<Option<Gone>>,
     busy: watch::Sender<usize>,
+    /// What it printed beyond what is kept, in bytes.
+    flood: Arc<AtomicU64>,
 }
 
 impl Replica {
@@ -47,7 +50,19 @@ impl Replica {
             _admitted: admitted,
             fate: watch::Sender::new(None),
             busy: watch::Sender::new(0),
+            flood: Arc::default(),
         }
+    }
+
+    /// The same replica, with the count of what it prints beyond what is kept.
+    pub fn printing(mut self, flood: Arc<AtomicU64>) -> Self {
+        self.flood = flood;
+        self
+    }
+
+    /// What it has printed so far beyond what is kept, in bytes.
+    pub fn flood(&self) -> u64 {
+        self.flood.load(Ordering::Relaxed)
     }
 
     /// Asks for it to be ended and replaced.

@@ -227,6 +227,7 @@ async fn start(
         },
     };
     let replica = Replica::new(deployment.clone(), client, takes_json, admitted);
+    let replica = replica.printing(instance.flood());
     Ok((Arc::new(replica), instance))
 }
 

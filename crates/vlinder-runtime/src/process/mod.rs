@@ -21,6 +21,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::process::{Child, ChildStdin, Command};
@@ -136,11 +137,12 @@ impl Launcher for ProcessLauncher {
         };
         let lifeline = child.stdin.take();
         self.logs.begin(agent.as_str(), spec.replica);
-        output::capture(&mut child, &self.logs, spec);
+        let flood = output::capture(&mut child, &self.logs, spec);
         Ok(Box::new(ProcessInstance {
             group,
             child,
             port,
+            flood,
             _lifeline: lifeline,
         }))
     }
@@ -279,6 +281,7 @@ struct ProcessInstance {
     group: Group,
     child: Child,
     port: Port,
+    flood: Arc<AtomicU64>,
     /// The box ends everything when this closes.
     _lifeline: Option<ChildStdin>,
 }
@@ -291,6 +294,10 @@ impl Instance for ProcessInstance {
 
     fn pid(&self) -> u32 {
         self.child.id().unwrap_or(0)
+    }
+
+    fn flood(&self) -> Arc<AtomicU64> {
+        self.flood.clone()
     }
 
     async fn exited(&mut self) -> Exit {

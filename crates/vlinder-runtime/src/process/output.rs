@@ -4,6 +4,7 @@
 use crate::launcher::LaunchSpec;
 use crate::logs::{AgentLogs, Stream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Child;
@@ -22,8 +23,13 @@ const KEPT_BYTES_PER_S: usize = 64 * 1024;
 const FLOOD_PAUSE: Duration = Duration::from_millis(50);
 
 /// Starts reading both streams of a child. The readers end with the pipes: when everything that the
-/// child started has ended.
-pub(super) fn capture(child: &mut Child, logs: &Arc<AgentLogs>, spec: &LaunchSpec) {
+/// child started has ended. Gives the bytes that are dropped, as they grow.
+pub(super) fn capture(
+    child: &mut Child,
+    logs: &Arc<AgentLogs>,
+    spec: &LaunchSpec,
+) -> Arc<AtomicU64> {
+    let flood = Arc::<AtomicU64>::default();
     let agent = spec.deployment.name().to_string();
     let sink = |stream| Sink {
         logs: logs.clone(),
@@ -33,6 +39,7 @@ pub(super) fn capture(child: &mut Child, logs: &Arc<AgentLogs>, spec: &LaunchSpe
         line: Vec::new(),
         is_cut: false,
         dropped: 0,
+        flood: flood.clone(),
         budget: KEPT_BYTES_MAX,
         refilled: Instant::now(),
     };
@@ -42,6 +49,7 @@ pub(super) fn capture(child: &mut Child, logs: &Arc<AgentLogs>, spec: &LaunchSpe
     if let Some(pipe) = child.stderr.take() {
         tokio::spawn(read(pipe, sink(Stream::Stderr)));
     }
+    flood
 }
 
 async fn read(mut pipe: impl AsyncRead + Unpin, mut sink: Sink) {
@@ -69,6 +77,8 @@ struct Sink {
     is_cut: bool,
     /// Lines dropped since the last one that was kept.
     dropped: u64,
+    /// Bytes dropped since the start.
+    flood: Arc<AtomicU64>,
     budget: usize,
     refilled: Instant,
 }
@@ -83,6 +93,7 @@ impl Sink {
         }
         if self.budget == 0 {
             // A flood is only counted; the line that goes over its end is dropped with it.
+            self.flood.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             self.dropped += bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
             self.line.clear();
             self.is_cut = false;
@@ -95,6 +106,10 @@ impl Sink {
             };
             let room = LINE_BYTES_MAX - self.line.len();
             self.is_cut |= text.len() > room;
+            // A line without an end is a flood, too.
+            let over = text.len().saturating_sub(room);
+            self.budget = self.budget.saturating_sub(over);
+            self.flood.fetch_add(over as u64, Ordering::Relaxed);
             self.line.extend_from_slice(&text[..text.len().min(room)]);
             if ends {
                 self.flush_line();

@@ -39,6 +39,9 @@ const RETRIES_MAX: u32 = 2;
 const STALE_MS: u64 = 50;
 /// First and longest pause between two looks into the log for what the subscription may have lost.
 const BACKSTOP: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// What an agent may print during a turn beyond what is kept, in bytes, before that is the reason for which
+/// the turn got no answer in time.
+const FLOOD_BYTES: u64 = 256 * 1024;
 /// Pause before a turn is tried again whose reads or writes failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// How long the last words of an instance that has ended may take to arrive.
@@ -295,6 +298,7 @@ impl<'a> Turn<'a> {
             (history.as_text(input), "text/plain; charset=utf-8")
         };
         let began = Instant::now();
+        let printed = lease.replica().flood();
         let work = async {
             let replied = reply::invoke(self.agent, &lease, &invocation, body).await;
             let agent_us = began.elapsed().as_micros();
@@ -333,10 +337,25 @@ impl<'a> Turn<'a> {
             (Err(over), _) => {
                 // The agent still works on it: only its end ends that.
                 replica.replace("its turn was over before it answered");
-                over
+                self.blame_flood(over, replica.flood() - printed)
             }
         };
         (tried, Some(invocation))
+    }
+
+    /// A turn that ran out of time because its agent printed without end failed for that reason: an
+    /// agent that floods is slowed down, and one that only floods never answers.
+    fn blame_flood(&self, over: Tried, flood: u64) -> Tried {
+        match over {
+            Tried::Ending(ending) if ending.outcome == Outcome::Deadline && flood > FLOOD_BYTES => {
+                let why = format!(
+                    "the agent flooded its output and gave no answer within {} ms; {flood} bytes that it printed were dropped",
+                    self.facts.invoke.timeout_ms
+                );
+                Tried::Ending(Ending::failed("agent_flooded", &why))
+            }
+            over => over,
+        }
     }
 
     fn judge(&self, replied: Result<reply::Reply, Fault>, agent_us: u128, lease: &Lease) -> Tried {
