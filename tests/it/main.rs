@@ -11,6 +11,7 @@ mod conversation;
 mod counts;
 mod doctor;
 mod full;
+mod gateway;
 mod reload;
 mod restarts;
 mod rubbish;

@@ -209,7 +209,7 @@ async fn run_side(
     ready: impl Future<Output = ()>,
 ) {
     let node = face.config.borrow().node.name.clone();
-    let http = http::serve(face.clone(), cx.clone(), &listeners.http, gate);
+    let http = http::serve(face.clone(), cx.clone(), &listeners, gate);
     // Each of these goes on for ever or logs why it gave up.
     let forever = async {
         tokio::join!(

@@ -1,7 +1,10 @@
-//! The HTTP face (interfaces.md §6): health, readiness, metrics, events, the state of the cluster.
+//! The HTTP face (interfaces.md §6): health, readiness, metrics, events, the state of the cluster, and
+//! the OpenAI-compatible gateway.
 //! Served by the daemon itself, so that it answers whatever its workers do. Every route asks for the
 //! credential.
 
+use crate::gateway;
+use crate::listeners::Listeners;
 use crate::node::NodeFace;
 use axum::Router;
 use axum::extract::{ConnectInfo, Query, Request, State};
@@ -13,7 +16,7 @@ use axum::routing::get;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use vlinder_services::auth::Gate;
@@ -25,7 +28,7 @@ use vlinder_worker::{WorkerCx, nodes};
 const BUS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What is served here, and what it is: the index at `/`, until the console takes its place.
-const SERVED: [(&str, &str); 5] = [
+const SERVED: [(&str, &str); 7] = [
     ("/healthz", "200 while the daemon turns"),
     (
         "/readyz",
@@ -40,6 +43,11 @@ const SERVED: [(&str, &str); 5] = [
         "/state/cluster",
         "nodes and workers as they report themselves, as JSON",
     ),
+    ("/v1/models", "the agents, as models in OpenAI's format"),
+    (
+        "/v1/chat/completions",
+        "POST: one turn of an agent, in OpenAI's format",
+    ),
 ];
 
 #[derive(Clone)]
@@ -50,7 +58,8 @@ struct Face {
 }
 
 /// Serves until the daemon ends.
-pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, socket: &TcpListener, gate: Gate) {
+pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, listeners: &Arc<Listeners>, gate: Gate) {
+    let gateway = gateway::routes(node.clone(), listeners.clone());
     let face = Face { node, cx, gate };
     let routes = Router::new()
         .route("/", get(index))
@@ -59,10 +68,12 @@ pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, socket: &TcpListener, gate
         .route("/metrics", get(metrics))
         .route("/events", get(event_stream))
         .route("/state/cluster", get(cluster))
+        .merge(gateway)
         .fallback(nothing_here)
         .layer(middleware::from_fn_with_state(face.clone(), check))
         .with_state(face);
-    let listener = socket
+    let listener = listeners
+        .http
         .try_clone()
         .and_then(|socket| socket.set_nonblocking(true).map(|()| socket))
         .and_then(tokio::net::TcpListener::from_std);
@@ -90,7 +101,11 @@ async fn check(
         Ok(()) => next.run(request).await,
         Err(refusal) => {
             tokio::time::sleep(refusal.delay).await;
-            let mut response = error(StatusCode::UNAUTHORIZED, "unauthenticated", refusal.message);
+            let status = StatusCode::UNAUTHORIZED;
+            let mut response = match gateway::is_below(request.uri().path()) {
+                true => gateway::error(status, "invalid_api_key", None, refusal.message),
+                false => error(status, "unauthenticated", refusal.message),
+            };
             response.headers_mut().insert(
                 header::WWW_AUTHENTICATE,
                 header::HeaderValue::from_static("Bearer"),
@@ -111,7 +126,7 @@ fn error(status: StatusCode, code: &str, message: &str) -> Response {
 async fn nothing_here() -> Response {
     let paths: Vec<&str> = SERVED.iter().map(|(path, _)| *path).collect();
     let message = format!(
-        "there is {}; the console and the OpenAI-compatible routes come with a later release",
+        "there is {}; the console comes with a later release",
         paths.join(", ")
     );
     error(StatusCode::NOT_FOUND, "not_found", &message)

@@ -1,6 +1,7 @@
 //! Which code serves which role: the one place that knows all of them.
 
 use crate::listeners::GRPC;
+use crate::peers::{FollowedSecret, SecretReader};
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -116,44 +117,34 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
             vlinder_store::run(cx, vlinder_store::Service::Vec).await
         }
         WorkerRole::InferenceOllama => {
-            infer(
-                cx,
-                Backend::Ollama,
-                Some(&config.ollama.endpoint),
-                None,
-                "ollama.endpoint",
-            )
-            .await
+            let provider = Provider {
+                backend: Backend::Ollama,
+                endpoint: Some(config.ollama.endpoint.clone()),
+                endpoint_key: "ollama.endpoint",
+                api_key: None,
+                api_key_name: None,
+            };
+            infer(cx, setup, provider).await
         }
         WorkerRole::InferenceOpenai => {
-            let key = config
-                .openai
-                .api_key
-                .as_ref()
-                .map(|key| key.expose().to_owned());
-            infer(
-                cx,
-                Backend::Openai,
-                config.openai.endpoint.as_ref(),
-                key,
-                "openai.endpoint",
-            )
-            .await
+            let provider = Provider {
+                backend: Backend::Openai,
+                endpoint: config.openai.endpoint.clone(),
+                endpoint_key: "openai.endpoint",
+                api_key: config.openai.api_key.clone(),
+                api_key_name: Some("openai.api_key"),
+            };
+            infer(cx, setup, provider).await
         }
         WorkerRole::InferenceOpenrouter => {
-            let key = config
-                .openrouter
-                .api_key
-                .as_ref()
-                .map(|key| key.expose().to_owned());
-            infer(
-                cx,
-                Backend::Openrouter,
-                Some(&config.openrouter.endpoint),
-                key,
-                "openrouter.endpoint",
-            )
-            .await
+            let provider = Provider {
+                backend: Backend::Openrouter,
+                endpoint: Some(config.openrouter.endpoint.clone()),
+                endpoint_key: "openrouter.endpoint",
+                api_key: config.openrouter.api_key.clone(),
+                api_key_name: Some("openrouter.api_key"),
+            };
+            infer(cx, setup, provider).await
         }
         WorkerRole::AgentProcess => {
             // Each runtime worker needs a bridge of its own: a replica's secret is known to one alone.
@@ -165,6 +156,7 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
                 labels: config.node.labels.clone(),
                 bridge,
                 drain_within: config.supervisor.drain_deadline * 3 / 4,
+                secrets: Arc::new(SecretReader::new(config.clone(), &cx, &setup.token)),
             };
             let boxed = [own_command().as_str(), "box", "--fd", "0", "--"].map(OsString::from);
             let process = vlinder_runtime::process::ProcessOptions {
@@ -226,21 +218,35 @@ async fn serve(
     .await
 }
 
-async fn infer(
-    cx: WorkerCx,
+/// Where models come from.
+struct Provider {
     backend: Backend,
-    endpoint: Option<&url::Url>,
-    api_key: Option<String>,
-    key: &str,
-) -> Result<(), Error> {
-    let Some(endpoint) = endpoint else {
-        return wait(cx, &format!("{key} is not configured")).await;
+    endpoint: Option<url::Url>,
+    /// The key of the configuration that names the endpoint.
+    endpoint_key: &'static str,
+    api_key: Option<vlinder_config::Secret>,
+    /// The key of the configuration that holds the credential, and the name of the secret that
+    /// holds it where the configuration does not.
+    api_key_name: Option<&'static str>,
+}
+
+async fn infer(cx: WorkerCx, setup: Setup, provider: Provider) -> Result<(), Error> {
+    let Some(endpoint) = provider.endpoint else {
+        let reason = format!("{} is not configured", provider.endpoint_key);
+        return wait(cx, &reason).await;
     };
-    vlinder_inference::run(
-        cx,
-        vlinder_inference::Options::new(backend, endpoint.clone(), api_key),
-    )
-    .await
+    let options = |key| vlinder_inference::Options::new(provider.backend, endpoint, key);
+    let configured = provider.api_key.map(|key| key.expose().to_owned());
+    let (None, Some(name)) = (&configured, provider.api_key_name) else {
+        let key = vlinder_inference::ApiKey::from(configured);
+        return vlinder_inference::run(cx, options(key)).await;
+    };
+    let reader = SecretReader::new(setup.config.clone(), &cx, &setup.token);
+    let (followed, key) = FollowedSecret::start(&cx, reader, name).await?;
+    tokio::select! {
+        ended = vlinder_inference::run(cx, options(key.into())) => ended,
+        never = followed.follow() => match never {},
+    }
 }
 
 /// Holds the place of a role that cannot work here, and says why.

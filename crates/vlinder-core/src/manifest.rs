@@ -18,6 +18,17 @@ pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub const STORE_CHARS_MAX: usize = 200;
 /// How much of a wrong value a message repeats, in characters.
 const SHOWN_CHARS_MAX: usize = 80;
+/// Most secrets that one manifest may name.
+pub const SECRETS_MAX: usize = 64;
+/// What a secret may be called.
+pub const SECRET_NAME_RULE: &str = "1 to 128 of A-Z, a-z, 0-9, -, _ and .";
+
+/// Whether a secret may be called so.
+pub fn is_secret_name(name: &str) -> bool {
+    let ok = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    (1..=128).contains(&name.len()) && name.bytes().all(ok)
+}
+
 /// Largest manifest, in bytes.
 pub const MANIFEST_BYTES_MAX: usize = 256 * 1024;
 
@@ -265,7 +276,25 @@ impl AgentManifest {
                 ));
             }
         }
+        if self.requirements.secrets.len() > SECRETS_MAX {
+            found.push(format!(
+                "requirements.secrets: {} names, expected at most {SECRETS_MAX}",
+                self.requirements.secrets.len()
+            ));
+        }
+        for name in &self.requirements.secrets {
+            if !is_secret_name(name) {
+                found.push(format!(
+                    "requirements.secrets: {name:?} is no name of a secret: expected {SECRET_NAME_RULE}"
+                ));
+            }
+        }
         found
+    }
+
+    /// Whether the manifest lets the agent read a secret.
+    pub fn may_read_secret(&self, name: &str) -> bool {
+        self.requirements.secrets.iter().any(|named| named == name)
     }
 
     /// How long a turn may take.
@@ -422,10 +451,12 @@ mod tests {
             concurrency = 0
             timeout = "soon"
             object_storage = "ftp://x"
+            [requirements]
+            secrets = ["fine.name", "no/such"]
             [requirements.services.fly]
         "#;
         let error = AgentManifest::parse(text).unwrap_err();
-        assert_eq!(error.0.len(), 7, "{error}");
+        assert_eq!(error.0.len(), 8, "{error}");
     }
 
     #[test]

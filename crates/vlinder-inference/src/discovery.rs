@@ -156,6 +156,7 @@ impl Discovery {
                 tokio::select! {
                     () = drain.cancelled() => return Ok(()),
                     () = tokio::time::sleep_until(next) => break,
+                    () = self.upstream.key_changed() => break,
                     () = self.health.look.notified() => {
                         tokio::time::sleep_until(looked + LOOK_FLOOR).await;
                         break;

@@ -32,6 +32,7 @@ pub use upstream::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use vlinder_worker::WorkerCx;
 
 /// Calls that one worker has at its upstream at once, unless told otherwise: what an Ollama server
@@ -75,6 +76,36 @@ impl fmt::Display for Backend {
     }
 }
 
+/// The credential towards an upstream, which may change while the worker runs.
+#[derive(Clone)]
+pub struct ApiKey(watch::Receiver<Option<String>>);
+
+impl ApiKey {
+    /// The one to use now.
+    pub(crate) fn now(&self) -> Option<String> {
+        self.0.borrow().clone()
+    }
+
+    /// Ready when there is another one; never where there cannot be.
+    pub(crate) async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl From<Option<String>> for ApiKey {
+    fn from(fixed: Option<String>) -> Self {
+        Self(watch::channel(fixed).1)
+    }
+}
+
+impl From<watch::Receiver<Option<String>>> for ApiKey {
+    fn from(followed: watch::Receiver<Option<String>>) -> Self {
+        Self(followed)
+    }
+}
+
 /// What an inference worker works with.
 #[derive(Clone)]
 pub struct Options {
@@ -82,8 +113,8 @@ pub struct Options {
     pub backend: Backend,
     /// Where it is: for Ollama the root of the server, else the path before `/chat/completions`.
     pub endpoint: Url,
-    /// Sent as `Authorization: Bearer …`.
-    pub api_key: Option<String>,
+    /// Sent as `Authorization: Bearer …`; a new one is in use from the next request on.
+    pub api_key: ApiKey,
     /// Calls at the upstream at once.
     pub slots: usize,
     /// How long a connection may take to be made.
@@ -98,11 +129,11 @@ pub struct Options {
 
 impl Options {
     /// The usual limits.
-    pub fn new(backend: Backend, endpoint: Url, api_key: Option<String>) -> Self {
+    pub fn new(backend: Backend, endpoint: Url, api_key: impl Into<ApiKey>) -> Self {
         Self {
             backend,
             endpoint,
-            api_key,
+            api_key: api_key.into(),
             slots: SLOTS_DEFAULT,
             connect_timeout: Duration::from_secs(3),
             first_byte_timeout: Duration::from_secs(120),
@@ -118,7 +149,7 @@ impl fmt::Debug for Options {
         f.debug_struct("Options")
             .field("backend", &self.backend)
             .field("endpoint", &upstream::shown(&self.endpoint))
-            .field("has_key", &self.api_key.is_some())
+            .field("has_key", &self.api_key.now().is_some())
             .field("slots", &self.slots)
             .finish_non_exhaustive()
     }

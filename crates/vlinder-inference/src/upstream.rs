@@ -3,7 +3,7 @@
 //! It reads no proxy from the environment, follows no redirect (the key would travel along), and
 //! repeats nothing by itself.
 
-use crate::{Backend, Options};
+use crate::{ApiKey, Backend, Options};
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Client, Url};
@@ -67,6 +67,7 @@ pub struct Upstream {
     client: Client,
     backend: Backend,
     endpoint: Url,
+    api_key: ApiKey,
 }
 
 impl Upstream {
@@ -77,20 +78,14 @@ impl Upstream {
             endpoint: shown(&options.endpoint),
             reason,
         };
-        let mut headers = HeaderMap::new();
-        if let Some(key) = &options.api_key {
-            let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
-                .map_err(|_| failed("the key has characters that no header can carry".into()))?;
-            value.set_sensitive(true);
-            headers.insert(AUTHORIZATION, value);
-        }
+        let key = options.api_key.now();
+        key_headers(key.as_deref()).map_err(|reason| failed(reason.to_owned()))?;
         let mut builder = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .retry(reqwest::retry::never())
             .referer(false)
             .user_agent(concat!("vlinder/", env!("CARGO_PKG_VERSION")))
-            .default_headers(headers)
             .connect_timeout(options.connect_timeout)
             .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
             .tcp_nodelay(true);
@@ -107,6 +102,7 @@ impl Upstream {
             client,
             backend: options.backend,
             endpoint,
+            api_key: options.api_key.clone(),
         })
     }
 
@@ -136,6 +132,7 @@ impl Upstream {
         let sent = self
             .client
             .get(address(self.backend, &self.endpoint, path))
+            .headers(self.key_headers()?)
             .send()
             .await;
         let mut response = sent.map_err(|error| self.failed(&error))?;
@@ -146,7 +143,10 @@ impl Upstream {
         let status = response.status();
         if !status.is_success() {
             let hint = match status.as_u16() {
-                401 | 403 => format!(": check {}.api_key", self.backend),
+                401 | 403 => format!(
+                    ": check {0}.api_key, or the secret {0}.api_key where that is not set",
+                    self.backend
+                ),
                 404 => format!(": check {}.endpoint", self.backend),
                 _ => String::new(),
             };
@@ -173,11 +173,25 @@ impl Upstream {
         let sent = self
             .client
             .post(address(self.backend, &self.endpoint, operation))
+            .headers(self.key_headers()?)
             .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
             .header("Idempotency-Key", request.to_string())
             .body(body)
             .send();
         sent.await.map_err(|error| self.failed(&error))
+    }
+
+    /// The credential as it is now.
+    fn key_headers(&self) -> Result<HeaderMap, Error> {
+        key_headers(self.api_key.now().as_deref()).map_err(|reason| Error::Client {
+            endpoint: self.shown(),
+            reason: reason.to_owned(),
+        })
+    }
+
+    /// Ready when the credential is another one.
+    pub async fn key_changed(&self) {
+        self.api_key.clone().changed().await;
     }
 
     fn failed(&self, error: &reqwest::Error) -> Error {
@@ -198,6 +212,17 @@ impl Upstream {
             reason,
         }
     }
+}
+
+fn key_headers(key: Option<&str>) -> Result<HeaderMap, &'static str> {
+    let mut headers = HeaderMap::new();
+    if let Some(key) = key {
+        let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
+            .map_err(|_| "the key has characters that no header can carry")?;
+        value.set_sensitive(true);
+        headers.insert(AUTHORIZATION, value);
+    }
+    Ok(headers)
 }
 
 /// Where an operation lives.
@@ -348,7 +373,7 @@ mod tests {
         assert_eq!(upstream.shown(), "http://h:1/v1");
         assert!(!format!("{options:?}").contains("secret"));
         let bad = Options {
-            api_key: Some("secret\nkey".to_owned()),
+            api_key: Some("secret\nkey".to_owned()).into(),
             ..options.clone()
         };
         let error = Upstream::new(&bad).err().unwrap().to_string();

@@ -5,6 +5,7 @@ use crate::history::Histories;
 use crate::launcher::Launcher;
 use crate::pool::Pool;
 use crate::queues::KnownQueues;
+use crate::secrets::Secrets;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,7 @@ pub(crate) struct Shared {
     pub callers: Callers,
     pub histories: Histories,
     pub queues: KnownQueues,
+    pub secrets: Arc<dyn Secrets>,
     /// Where the bridge listens, as agents see it.
     pub bridge: SocketAddr,
     /// Bounds how many instances start at the same time: starting is heavy, and all at once would

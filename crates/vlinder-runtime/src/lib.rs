@@ -24,12 +24,14 @@ mod pool;
 pub mod process;
 mod queues;
 mod replica;
+pub mod secrets;
 mod turn;
 
 use agent::Shared;
 use bytes::Bytes;
 use launcher::Launcher;
 use process::{ProcessLauncher, ProcessOptions};
+use secrets::Secrets;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -51,7 +53,6 @@ const BODY_UNIT_BYTES: usize = 64 * 1024;
 const LARGE_BODY_BYTES: usize = 1024 * 1024;
 
 /// What every runtime worker is told.
-#[derive(Debug)]
 pub struct Options {
     /// The labels of this node, for placement.
     pub labels: BTreeMap<String, String>,
@@ -59,6 +60,8 @@ pub struct Options {
     pub bridge: TcpListener,
     /// How long turns may take to finish when the worker drains; then they are handed back.
     pub drain_within: Duration,
+    /// Where agents' secrets come from.
+    pub secrets: Arc<dyn Secrets>,
 }
 
 /// Runs process agents until the worker drains.
@@ -114,6 +117,7 @@ pub async fn run(cx: WorkerCx, options: Options, launcher: Arc<dyn Launcher>) ->
         callers: bridge::Callers::default(),
         histories: history::Histories::default(),
         queues: queues::KnownQueues::default(),
+        secrets: options.secrets,
         bridge: address,
         starts: Semaphore::new(STARTS_AT_ONCE),
         bodies: Semaphore::new(BODIES_BYTES_MAX / BODY_UNIT_BYTES),

@@ -19,7 +19,7 @@ use vlinder_core::manifest::{AgentManifest, RuntimeKind};
 use vlinder_core::{AgentName, ContentHash, NodeName, Selector, WorkerRole};
 use vlinder_proto::registry as proto;
 use vlinder_proto::registry::registry_server::Registry;
-use vlinder_worker::infra::{AGENT, AgentVersion, InfraView, MODEL, SCALE};
+use vlinder_worker::infra::{AGENT, AgentVersion, InfraView, MODEL, SCALE, SECRET};
 use vlinder_worker::nodes::{self, NodeReport};
 use vlinder_worker::serving::Serving;
 use vlinder_worker::{Error, WorkerCx};
@@ -181,6 +181,32 @@ impl RegistryService {
         )))
     }
 
+    /// An agent that asks for what is not there would fail in its first turn: it is told now.
+    async fn check_secrets(&self, manifest: &AgentManifest) -> Result<(), Status> {
+        let wanted = &manifest.requirements.secrets;
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let infra = self.infra.fresh().await.map_err(status::of_worker)?;
+        let is_missing = |name: &&String| {
+            let entry = infra.entry(SECRET, name);
+            entry.is_none_or(|entry| entry.value.is_none())
+        };
+        let missing: Vec<&str> = wanted
+            .iter()
+            .filter(is_missing)
+            .map(String::as_str)
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!(
+            "agent {} asks for secrets that do not exist: {}; store each with `vlinder secret put NAME` first",
+            manifest.name,
+            missing.join(", ")
+        )))
+    }
+
     async fn reports(&self) -> Result<Vec<(KvEntry, NodeReport)>, Status> {
         nodes::read_all(&self.cx.bus).await.map_err(status::of_bus)
     }
@@ -257,6 +283,7 @@ impl Registry for RegistryService {
     ) -> Result<Response<proto::Agent>, Status> {
         let (manifest, bundle) = self.receive(request.into_inner()).await?;
         self.check_runtime(&manifest, bundle.is_some())?;
+        self.check_secrets(&manifest).await?;
         let mut version = AgentVersion {
             manifest,
             bundle: None,

@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use tonic::{Request, Response, Status};
 use vlinder_core::Namespace;
+use vlinder_core::manifest::{SECRET_NAME_RULE, is_secret_name};
 use vlinder_proto::secret::secret_server::Secret;
 use vlinder_proto::secret::{
     DeleteRequest, DeleteResponse, GetRequest, GetResponse, ListRequest, ListResponse, PutRequest,
@@ -120,11 +121,10 @@ impl SecretService {
 }
 
 fn name_of(text: &str) -> Result<&str, Status> {
-    let ok = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if text.is_empty() || text.len() > 128 || !text.bytes().all(ok) {
-        return Err(Status::invalid_argument(
-            "name: expected 1 to 128 of A-Z, a-z, 0-9, -, _ and .",
-        ));
+    if !is_secret_name(text) {
+        return Err(Status::invalid_argument(format!(
+            "name: expected {SECRET_NAME_RULE}"
+        )));
     }
     Ok(text)
 }

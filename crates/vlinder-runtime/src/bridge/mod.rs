@@ -10,6 +10,7 @@ mod callers;
 mod listing;
 mod reply;
 mod route;
+mod secret;
 mod stream;
 
 pub(crate) use callers::{Admitted, Caller, Callers};
@@ -104,6 +105,7 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) {
 
 /// What was asked, when it is known that it may be.
 struct Allowed {
+    caller: Arc<Caller>,
     invocation: Arc<Invocation>,
     target: Target,
     label: Option<String>,
@@ -209,6 +211,7 @@ fn allow(request: &Request<Incoming>, shared: &Shared) -> Result<Allowed, Reply>
         label => label.map(str::to_owned),
     };
     Ok(Allowed {
+        caller,
         invocation,
         target,
         label,
@@ -290,12 +293,17 @@ struct ModelBody {
 
 async fn perform(shared: Arc<Shared>, allowed: Allowed, body: Bytes) -> Reply {
     let Allowed {
+        caller,
         invocation,
         target,
         label,
     } = allowed;
     let ask = match target {
         Target::Progress => return progress(&shared, &invocation, &body).await,
+        Target::Secret => {
+            let manifest = caller.deployment.manifest();
+            return secret::perform(&shared, &invocation, manifest, &body, label).await;
+        }
         Target::Store {
             service,
             store,

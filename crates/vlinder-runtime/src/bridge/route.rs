@@ -67,6 +67,8 @@ pub(crate) enum Target {
     },
     /// Says how far it is.
     Progress,
+    /// Reads a secret.
+    Secret,
 }
 
 /// Why a call has no target.
@@ -100,7 +102,7 @@ pub(crate) fn target(
         "runtime" => match call {
             "progress" => posted(method).map(|()| Target::Progress),
             "delegate" | "wait" => Err(Refusal::NotBuilt("delegation between agents")),
-            "secret" => Err(Refusal::NotBuilt("secrets for agents")),
+            "secret" => posted(method).map(|()| Target::Secret),
             _ => Err(Refusal::UnknownCall),
         },
         _ => Err(Refusal::UnknownService),
@@ -283,10 +285,7 @@ mod tests {
             Err(Refusal::NotDeclared)
         );
         assert_eq!(post(&infer, "nothing", "x"), Err(Refusal::UnknownService));
-        assert!(matches!(
-            post(&none, "runtime", "secret"),
-            Err(Refusal::NotBuilt(_))
-        ));
+        assert_eq!(post(&none, "runtime", "secret"), Ok(Target::Secret));
         assert_eq!(post(&none, "runtime", "progress"), Ok(Target::Progress));
         let nats = manifest("object_storage='nats://bucket'");
         assert!(matches!(

@@ -18,6 +18,7 @@ use vlinder_core::{
     WorkerRole,
 };
 use vlinder_runtime::process::ProcessOptions;
+use vlinder_runtime::secrets::{SecretError, SecretValue, Secrets};
 use vlinder_runtime::{Options, run_process};
 use vlinder_testkit::NatsServer;
 use vlinder_worker::cx::NoControl;
@@ -34,6 +35,26 @@ pub struct Bed {
     pub cx: WorkerCx,
     pub infra: InfraView,
 }
+
+/// The secret `known`, and one that cannot be had now.
+struct TestSecrets;
+
+#[async_trait::async_trait]
+impl Secrets for TestSecrets {
+    async fn get(&self, name: &str) -> Result<SecretValue, SecretError> {
+        match name {
+            "known" => Ok(SecretValue {
+                value: SECRET_VALUE.into(),
+                version: 7,
+            }),
+            "away" => Err(SecretError::Unavailable("nobody answers".to_owned())),
+            _ => Err(SecretError::Missing(name.to_owned())),
+        }
+    }
+}
+
+/// What the secret `known` says.
+pub const SECRET_VALUE: &str = "hush-hush-4711";
 
 /// A runtime worker.
 pub struct Worker {
@@ -131,6 +152,7 @@ impl Bed {
                 .collect::<BTreeMap<_, _>>(),
             bridge: std::net::TcpListener::bind("127.0.0.1:0").unwrap(),
             drain_within: Duration::from_secs(10),
+            secrets: Arc::new(TestSecrets),
         };
         let process = ProcessOptions {
             path: std::env::var_os("PATH").unwrap(),
