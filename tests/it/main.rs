@@ -15,6 +15,7 @@ mod gateway;
 mod reload;
 mod restarts;
 mod rubbish;
+mod secrets;
 mod start;
 mod stop;
 mod turns;

@@ -103,7 +103,7 @@ async fn check(
             tokio::time::sleep(refusal.delay).await;
             let status = StatusCode::UNAUTHORIZED;
             let mut response = match gateway::is_below(request.uri().path()) {
-                true => gateway::error(status, "invalid_api_key", None, refusal.message),
+                true => gateway::error(status, "unauthenticated", None, refusal.message),
                 false => error(status, "unauthenticated", refusal.message),
             };
             response.headers_mut().insert(

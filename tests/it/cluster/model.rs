@@ -42,13 +42,23 @@ impl Model {
         Self::at(0, names).await
     }
 
+    /// The same, for those who have a key.
+    pub async fn with_key(names: &[&str], key: &str) -> Self {
+        Self::started(0, names, &["--api-key", key]).await
+    }
+
     /// The same on a port of the caller's choice.
     pub async fn at(port: u16, names: &[&str]) -> Self {
+        Self::started(port, names, &[]).await
+    }
+
+    async fn started(port: u16, names: &[&str], more: &[&str]) -> Self {
         let names = names.iter().flat_map(|name| ["--model-name", name]);
         let mut child = Command::new(python())
             .arg(root().join("tests/tools/model_server.py"))
             .args(["--port", &port.to_string(), "--until-stdin-closes"])
             .args(names)
+            .args(more)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -5,6 +5,11 @@
 //! A request is a turn. A client that leaves ends its turn, unless it gave it a name
 //! (`Idempotency-Key`) under which it can ask for it again.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "the refusal is the answer itself, made once a request"
+)]
+
 mod stream;
 mod wire;
 
