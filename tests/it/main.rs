@@ -14,6 +14,7 @@ mod full;
 mod gateway;
 mod reload;
 mod restarts;
+mod rollback;
 mod rubbish;
 mod secrets;
 mod start;

@@ -249,6 +249,40 @@ async fn metrics(State(face): State<Face>) -> Response {
         );
         let _ = writeln!(all, "vlinder_log_bytes_max {}", info.max_bytes);
     }
+    all += &help(
+        "vlinder_log_healings_total",
+        "counter",
+        "How often a stream had lost its tail and was healed.",
+    );
+    let mut healed = help(
+        "vlinder_log_healed_messages",
+        "gauge",
+        "What became of the messages of the latest loss.",
+    );
+    for stream in [face.cx.log(), face.cx.ctl()] {
+        let asked = tokio::time::timeout(BUS_DEADLINE, face.cx.bus.healing(&stream)).await;
+        let Ok(Ok(Some(healing))) = asked else {
+            continue;
+        };
+        let _ = writeln!(
+            all,
+            "vlinder_log_healings_total{{stream=\"{stream}\"}} {}",
+            healing.epoch
+        );
+        for (fate, count) in [
+            ("healed", healing.healed),
+            ("displaced", healing.displaced),
+            ("present", healing.present),
+            ("superseded", healing.superseded),
+            ("gone", healing.gone),
+        ] {
+            let _ = writeln!(
+                healed,
+                "vlinder_log_healed_messages{{stream=\"{stream}\",fate=\"{fate}\"}} {count}"
+            );
+        }
+    }
+    all += &healed;
     if let Ok(Ok(queues)) = tokio::time::timeout(BUS_DEADLINE, face.cx.bus.queues(&log)).await {
         all += &help(
             "vlinder_queue_waiting",

@@ -229,6 +229,9 @@ pub trait Backend: Send + Sync + 'static {
     async fn delete_queue(&self, stream: &StreamName, name: &str) -> Result<(), Error>;
     /// How the queues of a stream are now.
     async fn queues(&self, stream: &StreamName) -> Result<Vec<QueueInfo>, Error>;
+    /// Makes those queues again that stand past the end of a stream which lost everything behind `common`:
+    /// they would pass new messages over in silence. Their names. To be called before anything is given back.
+    async fn mend_queues(&self, stream: &StreamName, common: u64) -> Result<Vec<String>, Error>;
     /// Begins to pull. `Missing` if the queue does not exist.
     async fn puller(&self, stream: &StreamName, queue: &str) -> Result<Box<dyn RawPuller>, Error>;
     /// Says something about a delivery, by its token: also from a process that never held it.

@@ -5,6 +5,7 @@ use crate::backend::{
 };
 use crate::delivery::Puller;
 use crate::error::Error;
+use crate::heal::Heights;
 use crate::streams::{BUCKETS, INLINE_BODY_MAX, StreamName};
 use crate::subjects::Subject;
 use crate::wire::{self, Body, Notes, Stored};
@@ -23,6 +24,9 @@ use vlinder_core::{BODY_BYTES_MAX, ContentHash, Namespace, Node, NodeHash};
 pub const APPEND_DEADLINE: Duration = Duration::from_secs(30);
 /// First and longest pause between two tries of one operation.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Messages on one subject among which the first is looked for. More than one is there only after a
+/// loss, or where writers that knew nothing of each other raced.
+const RIVALS_MAX: usize = 64;
 /// Messages read at once when a subject is read whole.
 const RANGE_BATCH: usize = 256;
 
@@ -120,6 +124,8 @@ pub struct Bus {
     pub(crate) backend: Arc<dyn Backend>,
     /// Log clock minus local clock, in milliseconds, as last seen.
     skew_ms: Arc<AtomicI64>,
+    /// How far each stream was seen to reach.
+    pub(crate) heights: Arc<Heights>,
 }
 
 impl Bus {
@@ -128,6 +134,7 @@ impl Bus {
         Self {
             backend,
             skew_ms: Arc::new(AtomicI64::new(0)),
+            heights: Arc::default(),
         }
     }
 
@@ -196,7 +203,7 @@ impl Bus {
         self.append_raw(&message.stream, &raw, hash).await
     }
 
-    async fn append_raw(
+    pub(crate) async fn append_raw(
         &self,
         stream: &StreamName,
         raw: &Raw,
@@ -215,6 +222,7 @@ impl Bus {
                     });
                 }
                 Ok(done) => {
+                    self.heights.saw(stream, done.seq);
                     return Ok(Appended {
                         seq: done.seq,
                         hash,
@@ -345,6 +353,17 @@ impl Bus {
         }
     }
 
+    /// The first node on a subject, the one that counts where only one may: first by
+    /// [`Stored::rank`], so that what was lost and given back comes before what was made meanwhile.
+    pub async fn first(
+        &self,
+        stream: &StreamName,
+        subject: &Subject,
+    ) -> Result<Option<Stored>, Error> {
+        let rivals = self.all_on(stream, subject, RIVALS_MAX).await?;
+        Ok(rivals.into_iter().min_by_key(Stored::rank))
+    }
+
     /// Every node that matches `filter` from sequence `from` on, then what comes.
     pub async fn follow(
         &self,
@@ -363,6 +382,12 @@ impl Bus {
                 wire::decode(&stored)
             })
             .boxed())
+    }
+
+    /// Tells one connection from the next; what was learned on an earlier one may have been lost since.
+    pub fn connection(&self) -> u64 {
+        let connections = self.backend.connections();
+        connections.map_or(0, |connections| *connections.borrow())
     }
 
     /// When the present connection was made, in bus time; 0 where there is none to lose. A server that was

@@ -27,6 +27,7 @@ impl Puller {
             .into_iter()
             .map(|raw| {
                 self.bus.learn_time(raw.stored.time_ms);
+                self.bus.heights.saw(&self.stream, raw.stored.seq);
                 Delivery {
                     bus: self.bus.clone(),
                     stream: self.stream.clone(),

@@ -4,6 +4,7 @@
 //! * [`backend::Backend`] is what a backend does: it moves raw messages and knows no record.
 //!   [`nats`] speaks to NATS JetStream, [`local`] keeps everything in one process, durable in SQLite.
 //! * [`subjects`] builds and parses every subject; [`streams`] holds every stream's limits.
+//! * [`heal`] gives back what a log has lost.
 //! * [`wire`] is the form of a node on the wire: metadata in headers, the body is the body.
 //!
 //! Guarantees: an append that returned is stored; with an expectation it is stored only if it came
@@ -16,6 +17,7 @@ mod bus;
 pub mod dead;
 mod delivery;
 pub mod error;
+pub mod heal;
 pub mod local;
 pub mod nats;
 pub mod streams;

@@ -85,17 +85,20 @@ pub const BUCKET_REPLICAS: &str = "vlinder_replicas";
 pub const BUCKET_DEATHS: &str = "vlinder_deaths";
 /// Kv bucket: which turns are open, as a checkpoint of the sweeper; rebuilt from the log if lost.
 pub const BUCKET_OPEN_TURNS: &str = "vlinder_open_turns";
+/// Kv bucket: what is known of the latest healing of each stream. Key: the stream.
+pub const BUCKET_HEALING: &str = "vlinder_healing";
 /// How long deaths are remembered; a message is retried within seconds.
 pub const DEATHS_TTL: Duration = Duration::from_secs(3600);
 /// How long a lease lives without being renewed. Renew at a third of it.
 pub const LEASE_TTL: Duration = Duration::from_secs(6);
 
 /// Every bucket with its time to live.
-pub const BUCKETS: [(&str, Option<Duration>); 6] = [
+pub const BUCKETS: [(&str, Option<Duration>); 7] = [
     (BUCKET_NODES, None),
     (BUCKET_LEASES, Some(LEASE_TTL)),
     (BUCKET_OFFERS, None),
     (BUCKET_REPLICAS, None),
     (BUCKET_OPEN_TURNS, None),
+    (BUCKET_HEALING, None),
     (BUCKET_DEATHS, Some(DEATHS_TTL)),
 ];

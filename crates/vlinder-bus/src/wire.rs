@@ -13,7 +13,7 @@ use crate::backend::{Headers, RawStored};
 use crate::error::Error;
 use bytes::Bytes;
 use std::collections::BTreeMap;
-use vlinder_core::record::DecodeError;
+use vlinder_core::record::{DecodeError, Place};
 use vlinder_core::{ContentHash, Node, NodeHash};
 
 const VERSION: &str = "1";
@@ -31,6 +31,11 @@ pub const NOTE_TOOK_US: &str = "took_us";
 pub const NOTE_AGENT_US: &str = "agent_us";
 /// Note: why the node exists although nobody did the work (sweeper, dead letter, healer).
 pub const NOTE_REASON: &str = "reason";
+/// Note on a message that was lost and given back: its [`Place`], which its own sequence no longer tells.
+pub const NOTE_HEALED: &str = "healed";
+/// Note on a turn that was given back when another one had taken its place on the branch: it stays on
+/// record, and the branch goes on without it.
+pub const NOTE_DISPLACED: &str = "displaced";
 
 /// A body, here or in the blob store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +85,32 @@ pub struct Stored {
     pub notes: Notes,
     /// The body.
     pub body: Body,
+}
+
+impl Stored {
+    /// Where it counts in the order of its stream. Whoever picks the first of several compares this
+    /// and not the sequence: what was lost and given back comes before what was appended meanwhile.
+    pub fn place(&self) -> Place {
+        let healed = self.notes.get(NOTE_HEALED);
+        healed
+            .and_then(|text| text.parse().ok())
+            .unwrap_or_else(|| Place::at(self.seq))
+    }
+
+    /// What the least of its kind is picked by: the place, and where two are equal, the sequence.
+    pub fn rank(&self) -> (Place, u64) {
+        (self.place(), self.seq)
+    }
+
+    /// Whether it was lost and given back.
+    pub fn is_healed(&self) -> bool {
+        self.notes.contains_key(NOTE_HEALED)
+    }
+
+    /// Whether it was given back without its place on the branch.
+    pub fn is_displaced(&self) -> bool {
+        self.notes.contains_key(NOTE_DISPLACED)
+    }
 }
 
 /// Writes the headers of a node.

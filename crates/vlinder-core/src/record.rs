@@ -9,8 +9,10 @@
 //! event the branch began with; a request at the invoke or at the maximal results that the agent
 //! had already been given; a result at its request; an end at all maximal results, or the invoke.
 
+mod place;
 mod views;
 
+pub use place::Place;
 pub use views::{
     CallResult, CallStatus, End, InfraEvent, Invoke, Outcome, Request, SessionEvent, SessionVerb,
 };

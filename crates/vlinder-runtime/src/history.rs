@@ -218,16 +218,21 @@ async fn load(cx: &WorkerCx, facts: &Invoke, last: &SubmissionId) -> Result<Hist
             return told(cx, turns).await;
         };
         let invokes = invokes_of(cx, facts, &branch).await?;
-        let upto = invokes
-            .iter()
-            .position(|(_, invoke)| invoke.submission == submission);
-        if let Some(upto) = upto {
-            wanted = invokes[0].1.previous.clone();
-            for (stored, _) in invokes.into_iter().take(upto + 1).rev() {
-                turns.push_front(stored);
-            }
+        // Each turn names the one before it. Not all that stand on the subject are of the line: after a
+        // loss of the log's tail a turn can be there that another one had taken the place of.
+        let mut on_branch: HashMap<SubmissionId, (Stored, Invoke)> = HashMap::new();
+        for (stored, invoke) in invokes {
+            on_branch
+                .entry(invoke.submission.clone())
+                .or_insert((stored, invoke));
         }
-        if wanted.is_some() {
+        let mut next = Some(submission.clone());
+        while let Some((stored, invoke)) = next.as_ref().and_then(|next| on_branch.remove(next)) {
+            next = invoke.previous;
+            turns.push_front(stored);
+        }
+        wanted = next;
+        if let Some(submission) = &wanted {
             let forks = match &mut forks {
                 Some(forks) => forks,
                 None => forks.insert(forks_of(cx, facts).await?),
@@ -311,8 +316,7 @@ async fn said_in(cx: &WorkerCx, stored: Stored) -> Result<Option<(Bytes, Bytes)>
         ns: cx.ns.clone(),
         submission: invoke.submission.clone(),
     };
-    let first = cx.bus.range(&cx.log(), &subject.to_string(), 1, 1).await?;
-    let Some(end) = first.into_iter().next() else {
+    let Some(end) = cx.bus.first(&cx.log(), &subject).await? else {
         return Err(Error::Broken(format!(
             "turn {} has no end",
             invoke.submission

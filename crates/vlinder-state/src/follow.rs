@@ -1,11 +1,12 @@
 //! The follower: reads both streams from their cursors and applies what comes, in batches.
 //!
 //! A batch is what is ready, up to a bound; while one commits, the next one gathers. Before it
-//! follows, it compares its cursors with the log (created, last sequence, node there): if they do
-//! not fit, the log is another one, and the projection begins anew. It goes on through outages of
+//! follows, and whenever a lost connection is back, it compares its cursors with the log (created, last
+//! sequence, node there): if they do not fit, the log lost its tail, which is given back, or it is another
+//! one; the projection begins anew. It goes on through outages of
 //! the bus and a full disk; meanwhile reads say by how much the projection lags.
 
-use crate::apply::{Cursor, Item, Source, apply_batch, read_cursor};
+use crate::apply::{Cursor, Item, Source, apply_again, apply_batch, read_cursor};
 use crate::db::Writer;
 use crate::error::{Error, chain};
 use crate::projection::{Applied, Projection};
@@ -25,7 +26,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 /// Keeps a [`Projection`] current while it runs.
 pub struct Follower {
-    projection: Projection,
+    pub(crate) projection: Projection,
     /// Absent while a thread has it, and after that thread panicked.
     writer: Option<Writer>,
 }
@@ -83,6 +84,7 @@ impl Follower {
         if damaged == self.projection.0.db.generation() {
             self.start_over("its file is damaged").await?;
         }
+        let mut gaps = self.projection.0.bus.gaps();
         let (created_ms, from) = self.fit().await?;
         let mut items = self.items(from).await?;
         let projection = self.projection.clone();
@@ -90,6 +92,8 @@ impl Follower {
             let batch = tokio::select! {
                 biased;
                 () = projection.0.recheck.notified() => return Ok(()),
+                // The server was away, and may have come back with less than it had.
+                () = gaps.next() => return Ok(()),
                 batch = next_batch(&mut items) => batch?,
             };
             self.apply(created_ms, batch.items).await?;
@@ -104,7 +108,9 @@ impl Follower {
     async fn fit(&mut self) -> Result<([u64; 2], Applied), Error> {
         let mut created_ms = [0; 2];
         let mut applied = Applied::default();
-        for source in [Source::Log, Source::Ctl] {
+        let mut unfit = None;
+        // Sessions and deployments first: turns follow from them.
+        for source in [Source::Ctl, Source::Log] {
             let ns = self.projection.0.ns.clone();
             let stream = source.stream(&ns);
             let info = self.projection.0.bus.stream_info(&stream).await?;
@@ -114,10 +120,17 @@ impl Follower {
                 .await?;
             let Some(cursor) = cursor else { continue };
             if let Some(reason) = self.misfit(source, &info, &cursor).await? {
-                self.start_over(reason).await?;
-                return Box::pin(self.fit()).await;
+                if info.created_ms == cursor.created_ms {
+                    self.heal(source, &info, &cursor).await?;
+                }
+                unfit = Some(reason);
             }
             applied.set(source, cursor.seq);
+        }
+        if let Some(reason) = unfit {
+            // Only now: what both streams may have lost is in this file.
+            self.start_over(reason).await?;
+            return Box::pin(self.fit()).await;
         }
         self.projection.0.applied.send_replace(applied);
         Ok((created_ms, applied))
@@ -204,14 +217,33 @@ impl Follower {
                 self.projection.0.bus.settled(&stream, last.seq()).await?;
             }
         }
-        self.write(move |connection| apply_batch(connection, &ns, created_ms, &batch))
+        let now_ms = self.projection.0.bus.now_ms();
+        let orphans = self
+            .write(move |connection| apply_batch(connection, &ns, created_ms, now_ms, &batch))
             .await?;
+        if !orphans.is_empty() {
+            self.apply_again(orphans).await?;
+        }
         self.projection.0.applied.send_replace(applied);
         Ok(())
     }
 
+    /// Applies messages of `LOG` again that were set aside because their turn was lost at the time.
+    async fn apply_again(&mut self, seqs: Vec<u64>) -> Result<(), Error> {
+        let ns = self.projection.0.ns.clone();
+        let stream = Source::Log.stream(&ns);
+        let mut items = Vec::with_capacity(seqs.len());
+        for seq in seqs {
+            if let Some(stored) = self.projection.0.bus.get(&stream, seq).await? {
+                items.push(Item::Node(Source::Log, Box::new(stored)));
+            }
+        }
+        self.write(move |connection| apply_again(connection, &ns, &items))
+            .await
+    }
+
     /// Works on the writing connection in a thread.
-    async fn write<T, F>(&mut self, work: F) -> Result<T, Error>
+    pub(crate) async fn write<T, F>(&mut self, work: F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: FnOnce(&mut Connection) -> Result<T, Error> + Send + 'static,

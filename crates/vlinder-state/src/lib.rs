@@ -10,7 +10,8 @@
 //! answer is bounded.
 //!
 //! It does not decide anything: nobody but the follower writes here, and nothing is written to the
-//! log from here. It knows no credentials, and no infra events.
+//! log from here, but for one case: a log that lost its tail is given back what is kept of it here
+//! (`tail`, `heal`). It knows no credentials, and of infra events only their messages, sealed as they are.
 
 mod apply;
 mod bodies;
@@ -18,12 +19,14 @@ mod convert;
 mod db;
 mod error;
 mod follow;
+mod heal;
 mod number;
 mod projection;
 mod query;
 mod running;
 mod schema;
 mod service;
+mod tail;
 mod verify;
 mod worker;
 

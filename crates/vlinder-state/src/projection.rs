@@ -6,13 +6,14 @@ use crate::error::Error;
 use crate::follow::Follower;
 use rusqlite::Connection;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use vlinder_bus::{Bus, StreamInfo};
 use vlinder_core::Namespace;
+use vlinder_worker::Control;
 
 /// How long a read waits until the projection has what the log had when the read began.
 pub const BARRIER_DEADLINE: Duration = Duration::from_secs(10);
@@ -65,6 +66,28 @@ pub(crate) struct Inner {
     pub damaged: AtomicU64,
     /// How often the file was thrown away.
     pub rebuilds: AtomicU64,
+    /// Who this is, and where it can say something.
+    pub reporter: OnceLock<Reporter>,
+}
+
+pub(crate) struct Reporter {
+    pub name: String,
+    pub control: Arc<dyn Control>,
+}
+
+impl Inner {
+    /// Who this is, for others.
+    pub fn name(&self) -> String {
+        let name = self.reporter.get().map(|reporter| reporter.name.clone());
+        name.unwrap_or_else(|| "state".to_owned())
+    }
+
+    /// Says something to be shown beside the worker.
+    pub fn report(&self, key: &str, value: &str) {
+        if let Some(reporter) = self.reporter.get() {
+            reporter.control.note(key, value);
+        }
+    }
 }
 
 impl Projection {
@@ -86,6 +109,7 @@ impl Projection {
             recheck: Notify::new(),
             damaged: AtomicU64::new(NO_FILE),
             rebuilds: AtomicU64::new(0),
+            reporter: OnceLock::new(),
         }));
         let follower = Follower::new(projection.clone(), writer);
         Ok((projection, follower))

@@ -6,7 +6,7 @@
 //! `nodes.id` and `turns.id` are local: they order what is of one stream, and are not compared.
 
 /// The version of the tables. A file of another version is thrown away and rebuilt.
-pub const VERSION: i64 = 1;
+pub const VERSION: i64 = 2;
 
 /// Marks the file as ours (`PRAGMA application_id`): "VLST".
 pub const APPLICATION_ID: i64 = 0x564c_5354;
@@ -40,7 +40,8 @@ CREATE TABLE nodes (
     body_hash BLOB NOT NULL, body_len INTEGER NOT NULL,
     body BLOB,                  -- NULL: read it from the log
     emitter TEXT NOT NULL, attempt INTEGER NOT NULL, took_us INTEGER,
-    reached INTEGER NOT NULL DEFAULT 0 -- the winning end of its turn reaches it through parents
+    reached INTEGER NOT NULL DEFAULT 0, -- the winning end of its turn reaches it through parents
+    place TEXT                  -- where it counts, if it was lost and given back; else seq says it
 );
 CREATE UNIQUE INDEX nodes_by_hash ON nodes (ns, hash);
 CREATE UNIQUE INDEX nodes_by_place ON nodes (ns, stream, seq);
@@ -51,6 +52,15 @@ CREATE INDEX nodes_by_session ON nodes (ns, session) WHERE session IS NOT NULL;
 CREATE TABLE set_aside (
     ns TEXT NOT NULL, stream INTEGER NOT NULL, seq INTEGER NOT NULL,
     duplicate INTEGER NOT NULL, hash BLOB, reason TEXT NOT NULL,
+    orphan INTEGER NOT NULL,    -- belongs to a turn that the log does not have, or not yet
+    PRIMARY KEY (ns, stream, seq)
+) WITHOUT ROWID;
+
+-- The last messages of each stream as they came, to give back what the log may lose; see tail.rs.
+CREATE TABLE tail (
+    ns TEXT NOT NULL, stream INTEGER NOT NULL, seq INTEGER NOT NULL,
+    time_ms INTEGER NOT NULL, total INTEGER NOT NULL, -- bytes up to this one, for the bound
+    hash BLOB NOT NULL, subject TEXT NOT NULL, headers TEXT NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (ns, stream, seq)
 ) WITHOUT ROWID;
 
@@ -81,7 +91,7 @@ CREATE TABLE turns (
     previous INTEGER,           -- turns.id of the one before it
     timeout_ms INTEGER NOT NULL,
     invoke INTEGER NOT NULL,    -- nodes.id
-    end_node INTEGER            -- nodes.id of the first end
+    end_node INTEGER            -- nodes.id of the first end, by place
 );
 CREATE UNIQUE INDEX turns_by_submission ON turns (ns, submission);
 CREATE INDEX turns_by_session ON turns (ns, session);
@@ -97,7 +107,7 @@ CREATE INDEX requests_by_turn ON requests (turn);
 CREATE TABLE results (
     node INTEGER PRIMARY KEY, turn INTEGER NOT NULL, key BLOB NOT NULL,
     request INTEGER,            -- nodes.id of its parent
-    won INTEGER NOT NULL,       -- the first one to its key
+    won INTEGER NOT NULL,       -- the first one to its key, by place
     ok INTEGER NOT NULL, http INTEGER NOT NULL, content_type TEXT NOT NULL,
     state BLOB, tokens_in INTEGER, tokens_out INTEGER
 );

@@ -5,7 +5,8 @@
 //!   and hashed too.
 //! * Every message on the session's subjects must be one that the projection has.
 //! * Parents must be on record, earlier in the log, and of a kind that fits; the end that wins must
-//!   be the first one in the log.
+//!   be the first one in the log. Earlier is by [`Stored::rank`]: what was lost and given back counts
+//!   where it was.
 //!
 //! What is wrong is a line of text that names the node and its place. Only a bus that does not
 //! answer is an error.
@@ -20,8 +21,7 @@ use crate::query::verify::{self as rows, TurnToVerify};
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{HashMap, HashSet};
 use vlinder_bus::{Body, Stored, Subject, subjects, wire};
-use vlinder_core::record::CallResult;
-use vlinder_core::record::Request;
+use vlinder_core::record::{CallResult, Place, Request};
 use vlinder_core::{AgentName, NodeHash, SessionId, SubmissionId};
 use vlinder_proto::state::VerifySessionResponse;
 
@@ -128,7 +128,10 @@ impl Verifier {
         let first_end = nodes
             .iter()
             .filter(|node| node.kind == "end")
-            .min_by_key(|node| node.seq);
+            .min_by_key(|node| {
+                let there = stored.get(&node.hash).map(Stored::rank);
+                there.unwrap_or_else(|| (Place::at(node.seq), node.seq))
+            });
         if first_end.map(|end| end.id) != turn.end {
             self.problem(format!(
                 "turn {}: the projection does not have its first end as the end",
@@ -344,7 +347,11 @@ fn misfits(
                 parent.label(),
                 allowed.join(" or ")
             )),
-            Some(parent) if parent.seq >= row.seq => {
+            Some(parent)
+                if others
+                    .get(&parent.hash)
+                    .is_some_and(|parent| parent.rank() >= stored.rank()) =>
+            {
                 problems.push(format!("its parent {} comes after it", parent.label()));
             }
             Some(_) => {}

@@ -1,7 +1,7 @@
 //! The state worker: a projection, its follower, and the service over it.
 
 use crate::error::{Error, chain};
-use crate::projection::Projection;
+use crate::projection::{Projection, Reporter};
 use crate::service::StateService;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,6 +26,12 @@ impl StateWorker {
     pub async fn start(cx: &WorkerCx, db_path: impl Into<PathBuf>) -> Result<Self, Error> {
         let (projection, follower) =
             Projection::open(cx.bus.clone(), cx.ns.clone(), db_path).await?;
+        let reporter = Reporter {
+            name: cx.id.to_string(),
+            control: cx.control.clone(),
+        };
+        // Nobody else has had it yet.
+        let _ = projection.0.reporter.set(reporter);
         // Not `cx.drain` itself: while the worker drains, reads that run still need the barrier.
         let stop = CancellationToken::new();
         let follower = tokio::spawn(follower.run(stop.clone()));

@@ -10,5 +10,5 @@
 mod nats;
 mod proxy;
 
-pub use nats::{CURRENT, NatsCluster, NatsServer, OLDEST, free_port};
+pub use nats::{CURRENT, NatsCluster, NatsServer, OLDEST, StoreCopy, free_port};
 pub use proxy::TcpProxy;

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,6 +22,8 @@ const DIRECTORY_VARIABLE: &str = "VLINDER_TEST_NATS";
 const START_WAIT: Duration = Duration::from_secs(20);
 /// Three servers that find each other and choose leaders.
 const CLUSTER_WAIT: Duration = Duration::from_secs(40);
+/// Where a server keeps its streams, within its store.
+const STREAMS: &str = "jetstream";
 /// Lines of its log that are kept to explain a failure.
 const LOG_LINES_MAX: usize = 200;
 
@@ -137,6 +139,38 @@ impl NatsServer {
         self.wait_ready(START_WAIT).await;
     }
 
+    /// What it has stored by now, as a killed server leaves it: kills it, copies its store and starts it again.
+    pub async fn copy_store(&mut self) -> StoreCopy {
+        self.kill().await;
+        let copy = self.copy_while_down();
+        self.restart().await;
+        copy
+    }
+
+    /// Loses everything since `copy` was made: kills it, puts the copy in place of its store, starts it again.
+    pub async fn roll_back(&mut self, copy: &StoreCopy) {
+        self.kill().await;
+        self.put_back_while_down(copy);
+        self.restart().await;
+    }
+
+    fn copy_while_down(&self) -> StoreCopy {
+        let copy = tempfile::tempdir().expect("a temporary directory");
+        copy_tree(&self.store.path().join(STREAMS), copy.path());
+        StoreCopy(copy)
+    }
+
+    fn put_back_while_down(&self, copy: &StoreCopy) {
+        assert!(
+            self.process.is_none(),
+            "the store of a running server is its own"
+        );
+        let streams = self.store.path().join(STREAMS);
+        std::fs::remove_dir_all(&streams).expect("the store can be removed");
+        std::fs::create_dir(&streams).expect("the store can be made again");
+        copy_tree(copy.0.path(), &streams);
+    }
+
     /// Starts it again with other lines of configuration.
     pub async fn restart_with(&mut self, extra: &str) {
         self.extra = extra.to_owned();
@@ -230,6 +264,22 @@ async fn read_log(
     progress.send_modify(|progress| progress.ended = true);
 }
 
+/// The store of a server at some time.
+pub struct StoreCopy(TempDir);
+
+fn copy_tree(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).expect("it is there") {
+        let entry = entry.expect("it can be listed");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("it has a type").is_dir() {
+            std::fs::create_dir(&target).expect("the copy is ours");
+            copy_tree(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).expect("it can be copied");
+        }
+    }
+}
+
 /// Three servers that form a cluster.
 pub struct NatsCluster {
     servers: Vec<NatsServer>,
@@ -263,6 +313,40 @@ impl NatsCluster {
     /// Where clients find the servers.
     pub fn urls(&self) -> Vec<String> {
         self.servers.iter().map(NatsServer::url).collect()
+    }
+
+    /// What all have stored by now, as killed servers leave it. All are killed and started again.
+    pub async fn copy_stores(&mut self) -> Vec<StoreCopy> {
+        for server in &mut self.servers {
+            server.kill().await;
+        }
+        let copies = self
+            .servers
+            .iter()
+            .map(NatsServer::copy_while_down)
+            .collect();
+        self.start_again().await;
+        copies
+    }
+
+    /// Loses everything since the copies were made, everywhere.
+    pub async fn roll_back(&mut self, copies: &[StoreCopy]) {
+        for server in &mut self.servers {
+            server.kill().await;
+        }
+        for (server, copy) in self.servers.iter().zip(copies) {
+            server.put_back_while_down(copy);
+        }
+        self.start_again().await;
+    }
+
+    async fn start_again(&mut self) {
+        for server in &mut self.servers {
+            server.launch().await;
+        }
+        for server in &mut self.servers {
+            server.wait_ready(CLUSTER_WAIT).await;
+        }
     }
 
     /// One of the three.

@@ -29,6 +29,8 @@ pub const TRIES_MAX: u64 = 50;
 pub const DEATHS_MAX: u64 = 3;
 /// How long a message waits after its second death.
 pub const SECOND_DEATH_DELAY: Duration = Duration::from_secs(1);
+/// Pause before a job is tried again when the bus does not say whether the log is whole.
+const HEALED_RETRY: Duration = Duration::from_secs(1);
 /// Pause before a broken pull is begun again.
 const PULL_RETRY: Duration = Duration::from_millis(250);
 
@@ -301,7 +303,9 @@ async fn run_job(
         Ok(stored) => stored,
         Err(error) => return settle(delivery, Outcome::Reject(error.to_string()), name).await,
     };
-    if stored.time_ms <= cx.bus.connected_at_ms() {
+    let healed = stored.is_healed();
+    let before_connection = stored.time_ms <= cx.bus.connected_at_ms();
+    if before_connection || healed {
         attempt = attempt.max(2);
     }
     let deaths = if attempt > 1 {
@@ -327,6 +331,7 @@ async fn run_job(
     } else {
         _shared = cx.gate.read().await;
     }
+    let (bus, stream) = (cx.bus.clone(), delivery.stream().clone());
     // A task of its own contains a panic.
     let work = tokio::spawn(async move {
         let (_guard, was_under_way) = under_way.alone(stored.seq).await;
@@ -339,6 +344,16 @@ async fn run_job(
             attempt,
             "a job begins"
         );
+        // What was lost with the log's tail, its result perhaps, is given back first.
+        let waited = match (healed, before_connection) {
+            (true, _) => bus.healed(&stream).await,
+            (false, true) => bus.whole(&stream).await,
+            (false, false) => Ok(()),
+        };
+        if let Err(error) = waited {
+            tracing::warn!(seq = stored.seq, %error, "whether the log is whole cannot be seen, trying again");
+            return Outcome::RetryAfter(HEALED_RETRY);
+        }
         handler.handle(Job { stored, attempt }).await
     });
     let abort = work.abort_handle();

@@ -220,11 +220,14 @@ pub async fn answers_of(
     let subject = call_subject(&cx.ns, submission);
     let mut seen = std::collections::HashSet::new();
     let mut answers = Vec::new();
-    for stored in cx
+    let mut all = cx
         .bus
         .all_on(&cx.log(), &subject, TURN_MESSAGES_MAX)
-        .await?
-    {
+        .await?;
+    if all.iter().any(Stored::is_healed) {
+        all.sort_by_key(Stored::rank);
+    }
+    for stored in all {
         if stored.node.kind != Kind::Result {
             continue;
         }

@@ -31,7 +31,8 @@ pub(super) fn load(state: &mut State, conn: &Connection, log_max_bytes: u64) -> 
         let stream = Stream::new(row.id, name, row.created_ms, max_bytes, Index::default())?;
         state.add_stream(load_stream(stream, conn)?);
     }
-    for row in store::queues(conn)? {
+    for mut row in store::queues(conn)? {
+        clamp_queue(state, conn, &mut row)?;
         load_queue(state, row)?;
     }
     for row in store::buckets(conn)? {
@@ -72,6 +73,28 @@ fn load_stream(mut stream: Stream, conn: &Connection) -> Result<Stream, Error> {
         })?;
     }
     Ok(stream)
+}
+
+/// Where the log lost its tail (somebody restored or cut `bus.db`), what a queue knows of messages that are
+/// no longer there must not be held against those that will have their numbers.
+fn clamp_queue(state: &State, conn: &Connection, row: &mut store::QueueRow) -> Result<(), Error> {
+    let stream = usize::try_from(row.stream - 1).ok();
+    let Some(stream) = stream.and_then(|index| state.streams.get(index)) else {
+        // Reported by `load_queue`.
+        return Ok(());
+    };
+    let last = stream.index.last_seq();
+    let beyond = row.floor > last
+        || row.acked.iter().any(|seq| *seq > last)
+        || row.tried.iter().any(|(seq, _)| *seq > last);
+    if !beyond {
+        return Ok(());
+    }
+    tracing::warn!(queue = %row.name, last, "the queue stands past the end of its stream, which lost its tail: taking it back");
+    row.floor = row.floor.min(last);
+    row.acked.retain(|seq| *seq <= last);
+    row.tried.retain(|(seq, _)| *seq <= last);
+    store::clamp_queue(conn, row.id, last)
 }
 
 fn load_queue(state: &mut State, row: store::QueueRow) -> Result<(), Error> {

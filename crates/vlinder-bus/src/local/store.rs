@@ -412,6 +412,22 @@ pub(super) fn queues(conn: &Connection) -> Result<Vec<QueueRow>, Error> {
     Ok(queues)
 }
 
+/// Forgets what a queue knows of messages behind `last`.
+pub(super) fn clamp_queue(conn: &Connection, queue: i64, last: u64) -> Result<(), Error> {
+    let last = last as i64;
+    conn.execute(
+        "UPDATE queue SET floor = min(floor, ?2) WHERE id = ?1",
+        [queue, last],
+    )?;
+    for table in ["acked", "tried"] {
+        conn.execute(
+            &format!("DELETE FROM {table} WHERE queue = ?1 AND seq > ?2"),
+            [queue, last],
+        )?;
+    }
+    Ok(())
+}
+
 /// A bucket as it is on disk.
 pub(super) struct BucketRow {
     pub(super) id: i64,

@@ -10,6 +10,7 @@ use super::link::Link;
 use super::message;
 use super::pull::{Got, Pull};
 use super::queue;
+use super::stream;
 use crate::backend::RawStored;
 use crate::error::Error;
 use async_nats::Message;
@@ -138,7 +139,7 @@ impl Ordered {
                 () = self.link.stop.cancelled() => return Err(Error::Closed),
             }
             self.pause = (self.pause * 2).min(RETRY_PAUSE.1);
-            match self.make_consumer().await {
+            match self.make_where_it_fits().await {
                 Ok(pending) => return Ok(pending),
                 Err(error) if error.is_retryable() => {
                     tracing::debug!(%error, stream = %self.stream, "cannot follow yet");
@@ -146,6 +147,25 @@ impl Ordered {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// A log that lost its tail would be silent until it has grown beyond what was read from it, and
+    /// what it grew by would never be read.
+    async fn make_where_it_fits(&mut self) -> Result<u64, Error> {
+        if self.resume == Resume::AfterLast {
+            let last = stream::answer(&self.link, &self.stream)
+                .await?
+                .state
+                .last_seq;
+            if self.next_seq > last + 1 {
+                tracing::warn!(
+                    stream = %self.stream, last, next = self.next_seq,
+                    "the log is shorter than what was read from it: following from its end"
+                );
+                self.next_seq = last + 1;
+            }
+        }
+        self.make_consumer().await
     }
 
     async fn make_consumer(&mut self) -> Result<u64, Error> {

@@ -179,6 +179,10 @@ impl Backend for NatsBus {
         queue::list(&self.link, &stream.as_text()).await
     }
 
+    async fn mend_queues(&self, stream: &StreamName, common: u64) -> Result<Vec<String>, Error> {
+        queue::mend(&self.link, stream, common).await
+    }
+
     async fn puller(&self, stream: &StreamName, queue: &str) -> Result<Box<dyn RawPuller>, Error> {
         let puller = puller::start(&self.link, stream, queue).await?;
         Ok(Box::new(puller))

@@ -6,7 +6,7 @@ use super::message::{self, Token};
 use super::stream;
 use crate::backend::{QueueInfo, QueueSpec, Verdict};
 use crate::error::Error;
-use crate::streams::{ACK_PENDING_MAX, ACK_WAIT};
+use crate::streams::{ACK_PENDING_MAX, ACK_WAIT, StreamName};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -142,7 +142,45 @@ async fn rebuild_if_past_end(
     if found.delivered.stream_seq <= last {
         return Ok(());
     }
-    let from = found.ack_floor.stream_seq.min(last) + 1;
+    make_again(link, spec, &found, last, last).await
+}
+
+/// Makes every queue of a stream again that stands past its end; their names.
+pub(super) async fn mend(
+    link: &Link,
+    stream: &StreamName,
+    common: u64,
+) -> Result<Vec<String>, Error> {
+    let name = stream.as_text();
+    let mut mended = Vec::new();
+    for found in durables(link, &name).await? {
+        // Asked after the queue, so a stream that only grows is never behind it.
+        let last = stream::answer(link, &name).await?.state.last_seq;
+        if found.delivered.stream_seq <= last {
+            continue;
+        }
+        let spec = QueueSpec {
+            stream: stream.clone(),
+            name: found.name.clone(),
+            filter: found.config.filter_subject.clone(),
+            from_start: true,
+        };
+        make_again(link, &spec, &found, last, common).await?;
+        mended.push(spec.name);
+    }
+    Ok(mended)
+}
+
+/// Makes a queue again behind what was acknowledged and is still there, the last of which is `left`.
+async fn make_again(
+    link: &Link,
+    spec: &QueueSpec,
+    found: &ConsumerAnswer,
+    last: u64,
+    left: u64,
+) -> Result<(), Error> {
+    let stream = spec.stream.as_text();
+    let from = found.ack_floor.stream_seq.min(left) + 1;
     tracing::warn!(
         queue = %spec.name, delivered = found.delivered.stream_seq, last, from,
         "the queue stands past the end of its stream, which lost its tail: making it again"
@@ -170,9 +208,18 @@ pub(super) async fn delete(link: &Link, stream: &str, queue: &str) -> Result<(),
 
 /// How the queues of a stream are now; consumers of other kinds are left out.
 pub(super) async fn list(link: &Link, stream: &str) -> Result<Vec<QueueInfo>, Error> {
+    let mut queues = Vec::new();
+    for consumer in durables(link, stream).await? {
+        queues.push(describe(link, stream, consumer).await?);
+    }
+    queues.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(queues)
+}
+
+async fn durables(link: &Link, stream: &str) -> Result<Vec<ConsumerAnswer>, Error> {
     let operation = "list queues";
     let endpoint = format!("CONSUMER.LIST.{stream}");
-    let mut queues = Vec::new();
+    let mut found = Vec::new();
     let mut seen = 0;
     for _ in 0..PAGES_MAX {
         let request = json!({ "offset": seen });
@@ -181,17 +228,13 @@ pub(super) async fn list(link: &Link, stream: &str) -> Result<Vec<QueueInfo>, Er
         let consumers = page.consumers.unwrap_or_default();
         seen += consumers.len();
         let last = consumers.is_empty() || seen >= page.total;
-        for consumer in consumers {
-            if !consumer.config.durable_name.is_empty() {
-                queues.push(describe(link, stream, consumer).await?);
-            }
-        }
+        let durable = |consumer: &ConsumerAnswer| !consumer.config.durable_name.is_empty();
+        found.extend(consumers.into_iter().filter(durable));
         if last {
             break;
         }
     }
-    queues.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(queues)
+    Ok(found)
 }
 
 async fn describe(link: &Link, stream: &str, consumer: ConsumerAnswer) -> Result<QueueInfo, Error> {

@@ -1,13 +1,13 @@
 //! The backends under test, each with what the contract needs to do to it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tempfile::TempDir;
 use vlinder_bus::backend::Backend;
 use vlinder_bus::local::{LocalBus, LocalOptions};
 use vlinder_bus::nats::{NatsBus, NatsOptions, connect};
-use vlinder_testkit::{CURRENT, NatsCluster, NatsServer, OLDEST};
+use vlinder_testkit::{CURRENT, NatsCluster, NatsServer, OLDEST, StoreCopy};
 
 /// How long a bus may take to be there: a cluster has to choose leaders first.
 pub const CONNECT_WAIT: Duration = Duration::from_secs(30);
@@ -27,6 +27,14 @@ pub trait Fixture: Sized {
     async fn connect_with(&self, max_bytes: u64) -> Arc<dyn Backend>;
     /// Kills what stores the log, as hard as can be, and starts it again on the same store.
     async fn crash(&mut self);
+
+    /// The store at some time.
+    type Copy;
+    /// What is stored by now. Connections break or end as in [`Fixture::crash`].
+    async fn copy(&mut self) -> Self::Copy;
+    /// Loses everything since the copy was made. As if the power had been cut, and more was gone than one
+    /// would think.
+    async fn roll_back(&mut self, copy: &Self::Copy);
 
     /// Connects with the usual limit.
     async fn connect(&self) -> Arc<dyn Backend> {
@@ -72,6 +80,16 @@ macro_rules! single_server {
             async fn crash(&mut self) {
                 self.server.restart().await;
             }
+
+            type Copy = StoreCopy;
+
+            async fn copy(&mut self) -> StoreCopy {
+                self.server.copy_store().await
+            }
+
+            async fn roll_back(&mut self, copy: &StoreCopy) {
+                self.server.roll_back(copy).await;
+            }
         }
     };
 }
@@ -105,6 +123,16 @@ impl Fixture for NatsReplicated {
         self.cluster.server(self.crashes % 3).restart().await;
         self.crashes += 1;
     }
+
+    type Copy = Vec<StoreCopy>;
+
+    async fn copy(&mut self) -> Vec<StoreCopy> {
+        self.cluster.copy_stores().await
+    }
+
+    async fn roll_back(&mut self, copy: &Vec<StoreCopy>) {
+        self.cluster.roll_back(copy).await;
+    }
 }
 
 /// The embedded backend: everybody shares the one there is.
@@ -117,6 +145,21 @@ impl Local {
     fn file(&self) -> PathBuf {
         self.directory.path().join("bus.db")
     }
+
+    /// The files as they are while the process still runs.
+    fn files(&self) -> TempDir {
+        copied(self.directory.path())
+    }
+}
+
+fn copied(directory: &Path) -> TempDir {
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    for entry in std::fs::read_dir(directory).expect("it is there") {
+        let entry = entry.expect("it can be listed");
+        let target = copy.path().join(entry.file_name());
+        std::fs::copy(entry.path(), target).expect("it can be copied");
+    }
+    copy
 }
 
 impl Fixture for Local {
@@ -151,13 +194,19 @@ impl Fixture for Local {
 
     /// What a killed process leaves behind: the files as they are while it still runs.
     async fn crash(&mut self) {
-        let left = tempfile::tempdir().expect("a temporary directory");
-        for entry in std::fs::read_dir(self.directory.path()).expect("it is there") {
-            let entry = entry.expect("it can be listed");
-            let copy = left.path().join(entry.file_name());
-            std::fs::copy(entry.path(), copy).expect("it can be copied");
-        }
+        let left = self.files();
         drop(self.open.get_mut().expect("no holder panics").take());
         self.directory = left;
+    }
+
+    type Copy = TempDir;
+
+    async fn copy(&mut self) -> TempDir {
+        self.files()
+    }
+
+    async fn roll_back(&mut self, copy: &TempDir) {
+        drop(self.open.get_mut().expect("no holder panics").take());
+        self.directory = copied(copy.path());
     }
 }

@@ -6,6 +6,7 @@
 mod blob;
 mod dead;
 mod fixture;
+mod heal;
 mod kv;
 mod log;
 mod nats_only;
@@ -96,6 +97,11 @@ macro_rules! whole_contract {
                     signals_reach_who_listens,
                     a_slow_listener_loses_the_oldest,
                 },
+                heal::{
+                    what_was_lost_is_given_back_once_and_counts_where_it_was,
+                    another_healer_goes_on_where_one_died,
+                    a_lost_turn_does_not_take_its_place_back,
+                },
                 outage::{
                     everything_resumes_after_a_kill,
                     who_waits_is_told_when_something_may_have_been_missed,
@@ -139,6 +145,9 @@ macro_rules! cluster_contract {
                 },
                 blob::{
                     blobs_come_back_equal,
+                },
+                heal::{
+                    what_was_lost_is_given_back_once_and_counts_where_it_was,
                 },
                 outage::{
                     everything_resumes_after_a_kill,

@@ -120,6 +120,11 @@ fn problems(answers: &Answers) -> Vec<String> {
         .flatten()
         .map(ToString::to_string)
         .collect();
+    for worker in answers.workers.iter().flatten() {
+        if let Some(healed) = worker.notes.get("healed") {
+            said.push(format!("the log lost its tail: {healed}"));
+        }
+    }
     // Several questions to one service have one reason.
     said.dedup();
     said

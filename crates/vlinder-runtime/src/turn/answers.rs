@@ -1,6 +1,8 @@
 //! The answers to a turn's calls, as they come in on the turn's one subscription, and its end.
 //!
-//! The first answer to a call key in the log is the answer; later ones are skipped. Subscriptions can
+//! The first answer to a call key in the log is the answer, first by [`Stored::rank`]; later ones are
+//! skipped. One that was lost and is given back while the turn runs replaces what was made meanwhile for
+//! whoever asks from then on. Subscriptions can
 //! lose messages when the connection does, so whoever feeds this also reads the log now and then.
 
 use std::collections::HashMap;
@@ -8,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use vlinder_bus::{Body, Bus, Stored, StreamName};
-use vlinder_core::record::CallResult;
+use vlinder_core::record::{CallResult, Place};
 use vlinder_core::{CallKey, Kind, NodeHash};
 
 /// Inline bodies up to this many bytes are held until they are asked for; larger ones are read again
@@ -24,6 +26,7 @@ pub(crate) struct Answered {
     /// The request node that it answers.
     pub request: Option<NodeHash>,
     pub seq: u64,
+    rank: (Place, u64),
     body: Option<Body>,
 }
 
@@ -35,6 +38,7 @@ impl Answered {
             hash: stored.hash,
             request: stored.node.parents.first().copied(),
             seq: stored.seq,
+            rank: stored.rank(),
             body: (hold || is_small).then_some(stored.body),
         }
     }
@@ -91,7 +95,9 @@ impl Answers {
         };
         let mut state = self.lock();
         let key = result.key;
-        if state.known.contains_key(&key) {
+        if let Some(known) = state.known.get(&key)
+            && known.rank <= stored.rank()
+        {
             return;
         }
         let waiting = state.waiting.remove(&key).unwrap_or_default();

@@ -169,6 +169,11 @@ impl<'a> Turn<'a> {
             // passed with one look, while those that wait behind it wait for little.
             return Ok(());
         }
+        if self.invoke.is_displaced() {
+            let why = "the log lost its tail, and before this turn was given back another one took its place on the branch";
+            self.end(Ending::failed("displaced", why), None).await?;
+            return Ok(());
+        }
         let gaps = bus.gaps();
         let (seen, history, input, ()) = tokio::try_join!(
             bus.seen(&filter),
@@ -250,8 +255,8 @@ impl<'a> Turn<'a> {
     /// Reads the end of the turn, if the log has one; whether it has.
     async fn read_end(&self) -> Result<bool, vlinder_bus::Error> {
         let cx = &self.agent.shared.cx;
-        let end = self.end_subject().to_string();
-        for stored in cx.bus.range(&cx.log(), &end, 1, 1).await? {
+        let first = cx.bus.first(&cx.log(), &self.end_subject()).await?;
+        if let Some(stored) = first {
             self.answers.take(stored);
         }
         Ok(self.answers.end().is_some())

@@ -1,4 +1,4 @@
-//! Changes as they happen: turns and deployments from the log, nodes and workers from kv.
+//! Changes as they happen: turns and deployments from the log, nodes, workers and healings from kv.
 //!
 //! Ids are `<stream>:<sequence>` for what the log stored, and `kv:<revision>` for the rest: each
 //! grows and is unique. Live only; what is missed is in the log.
@@ -7,7 +7,8 @@ use crate::status;
 use futures::{Stream, StreamExt};
 use std::collections::HashMap;
 use tonic::Status;
-use vlinder_bus::streams::BUCKET_NODES;
+use vlinder_bus::heal::Healing;
+use vlinder_bus::streams::{BUCKET_HEALING, BUCKET_NODES};
 use vlinder_bus::{KvEvent, Stored, subjects};
 use vlinder_core::Kind;
 use vlinder_proto::harness::Event;
@@ -37,6 +38,19 @@ pub async fn stream(
         .kv_watch(BUCKET_NODES)
         .await
         .map_err(status::of_bus)?;
+    let healings = cx
+        .bus
+        .kv_watch(BUCKET_HEALING)
+        .await
+        .map_err(status::of_bus)?;
+    let mut told = Healings::default();
+    let from_healings = healings.flat_map(move |event| {
+        let events = match event {
+            Ok(event) => told.take(event).into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(status::of_bus(error))],
+        };
+        futures::stream::iter(events)
+    });
     let from_log = log
         .filter_map(|stored| async move { of_log(&stored) })
         .map(Ok);
@@ -78,12 +92,50 @@ pub async fn stream(
         futures::stream::iter(events)
     });
     let both = futures::stream::select(from_log, from_kv);
-    Ok(both.filter(move |event| {
+    let all = futures::stream::select(both, from_healings);
+    Ok(all.filter(move |event| {
         let keep = event
             .as_ref()
             .map_or(true, |event| event.name.starts_with(&prefix));
         futures::future::ready(keep)
     }))
+}
+
+/// What was told of healings: their beginning and their end, each once.
+#[derive(Default)]
+struct Healings {
+    current: bool,
+    known: HashMap<String, (u64, bool)>,
+}
+
+impl Healings {
+    fn take(&mut self, event: KvEvent) -> Option<Event> {
+        let entry = match event {
+            KvEvent::Current => {
+                self.current = true;
+                return None;
+            }
+            KvEvent::Put(entry) => entry,
+            KvEvent::Gone { .. } => return None,
+        };
+        let healing: Healing = serde_json::from_slice(&entry.value).ok()?;
+        let state = (healing.epoch, healing.done);
+        let known = self.known.insert(entry.key, state);
+        if !self.current || known == Some(state) {
+            return None;
+        }
+        let name = if healing.done {
+            "log.healed"
+        } else {
+            "log.healing"
+        };
+        Some(Event {
+            id: format!("heal:{}", entry.revision),
+            name: name.to_owned(),
+            time_ms: entry.time_ms,
+            data: serde_json::to_string(&healing).unwrap_or_default(),
+        })
+    }
 }
 
 fn of_log(stored: &Stored) -> Option<Event> {
@@ -171,6 +223,36 @@ fn changes(before: Option<&NodeReport>, now: &NodeReport) -> Vec<(String, serde_
 mod tests {
     use super::*;
     use vlinder_worker::nodes::WorkerReport;
+
+    #[test]
+    fn a_healing_is_told_when_it_begins_and_when_it_ends() {
+        let mut told = Healings::default();
+        let mut names = Vec::new();
+        let states = [
+            (1, true),
+            (2, false),
+            (2, false),
+            (2, true),
+            (2, true),
+            (3, false),
+        ];
+        for (revision, (epoch, done)) in states.into_iter().enumerate() {
+            let healing = Healing {
+                epoch,
+                done,
+                ..Healing::default()
+            };
+            let put = KvEvent::Put(vlinder_bus::KvEntry {
+                key: "LOG".to_owned(),
+                value: serde_json::to_vec(&healing).unwrap().into(),
+                revision: revision as u64,
+                time_ms: 1,
+            });
+            names.extend(told.take(put).map(|event| event.name));
+            assert!(told.take(KvEvent::Current).is_none());
+        }
+        assert_eq!(names, ["log.healing", "log.healed", "log.healing"]);
+    }
 
     #[test]
     fn only_changes_are_told() {

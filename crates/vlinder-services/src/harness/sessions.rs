@@ -75,7 +75,9 @@ pub enum BranchEnd {
 /// Reads sessions and remembers heads.
 pub struct Sessions {
     cx: WorkerCx,
-    heads: Mutex<HashMap<(SessionId, BranchName), Head>>,
+    /// With the connection that they were learned on: a server that was away may have lost its tail, and
+    /// other messages may have the numbers now.
+    heads: Mutex<HashMap<(SessionId, BranchName), (u64, Head)>>,
     known: Mutex<HashMap<SessionId, Session>>,
 }
 
@@ -177,7 +179,11 @@ impl Sessions {
         branch: &BranchName,
         guess: bool,
     ) -> Result<BranchEnd, Status> {
-        if guess && let Some(head) = lock(&self.heads).get(&(id.clone(), branch.clone())) {
+        let connection = self.cx.bus.connection();
+        if guess
+            && let Some((learned_on, head)) = lock(&self.heads).get(&(id.clone(), branch.clone()))
+            && *learned_on == connection
+        {
             return Ok(BranchEnd::Idle(head.clone()));
         }
         let subject = self.invoke_subject(id, &session.agent, branch);
@@ -187,8 +193,15 @@ impl Sessions {
             .last(&self.cx.log(), &subject)
             .await
             .map_err(status::of_bus)?;
-        let Some(last) = last else {
+        let Some(newest) = last else {
             return self.first_head(session, branch).await;
+        };
+        let seq = newest.seq;
+        let Some(last) = self.on_line(newest, &subject).await? else {
+            return Ok(match self.first_head(session, branch).await? {
+                BranchEnd::Idle(head) => BranchEnd::Idle(Head { seq, ..head }),
+                other => other,
+            });
         };
         if last.node.kind == Kind::Seal {
             return Ok(BranchEnd::Sealed);
@@ -197,7 +210,7 @@ impl Sessions {
             Invoke::try_from(&last.node).map_err(|error| Status::data_loss(error.to_string()))?;
         match self.end_of(&invoke.submission).await? {
             Some((end, stored)) => Ok(BranchEnd::Idle(Head {
-                seq: last.seq,
+                seq,
                 parent: stored.hash,
                 previous: Some(invoke.submission),
                 state: end.state,
@@ -205,6 +218,20 @@ impl Sessions {
             })),
             None => Ok(BranchEnd::Running(Box::new((invoke, last)))),
         }
+    }
+
+    /// The last turn of a branch that is not displaced, given the last message on its subject.
+    async fn on_line(&self, newest: Stored, subject: &Subject) -> Result<Option<Stored>, Status> {
+        if !newest.is_displaced() {
+            return Ok(Some(newest));
+        }
+        let turns = self
+            .cx
+            .bus
+            .all_on(&self.cx.log(), subject, SEARCH_MAX)
+            .await
+            .map_err(status::of_bus)?;
+        Ok(turns.into_iter().rfind(|stored| !stored.is_displaced()))
     }
 
     /// The head of a branch without turns of its own.
@@ -284,7 +311,8 @@ impl Sessions {
         if heads.len() >= HEADS_MAX {
             heads.clear();
         }
-        heads.insert((id.clone(), branch.clone()), head);
+        let connection = self.cx.bus.connection();
+        heads.insert((id.clone(), branch.clone()), (connection, head));
     }
 
     /// Forgets a head that proved wrong.
@@ -481,12 +509,12 @@ pub async fn end_of(
         ns: cx.ns.clone(),
         submission: submission.clone(),
     };
-    let last = cx
+    let first = cx
         .bus
-        .last(&cx.log(), &subject)
+        .first(&cx.log(), &subject)
         .await
         .map_err(status::of_bus)?;
-    let Some(stored) = last else { return Ok(None) };
+    let Some(stored) = first else { return Ok(None) };
     let end = End::try_from(&stored.node).map_err(|error| Status::data_loss(error.to_string()))?;
     Ok(Some((end, stored)))
 }

@@ -3,9 +3,11 @@
 //! * The subject decides what a message belongs to, as it does for every other reader of the log.
 //! * A node that its namespace had before changes nothing; it is counted.
 //! * The first invoke of a submission is the turn, the first result to a call key is the answer,
-//!   the first end is the end (design.md rule 4). Later results and ends are kept as such.
+//!   the first end is the end (design.md rule 4), first by [`Stored::rank`]. Later results and ends are
+//!   kept as such.
 //! * What the end reaches through parents is marked the moment it is applied: nothing that comes
-//!   later can be reached by it.
+//!   later can be reached by it, but for what was lost and given back, after which it is marked anew.
+//! * What belongs to a turn that was lost and is not given back yet is applied again when it is.
 //! * A message that cannot be read, or that belongs to nothing, is set aside with the reason.
 //!
 //! Infra events are not projected here: the registry has its own view of them, and bodies of
@@ -16,14 +18,18 @@ mod session;
 use crate::error::Error;
 use crate::number::{int, number};
 use crate::schema::{BODY_BYTES_KEPT, CTL, LOG};
+use crate::tail;
 use rusqlite::{CachedStatement, Connection, OptionalExtension, Transaction, params};
+use vlinder_bus::wire::NOTE_HEALED;
 use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY, NOTE_TOOK_US};
 use vlinder_bus::{Body, Stored, Subject};
-use vlinder_core::record::{CallResult, CallStatus, End, Invoke, Request};
+use vlinder_core::record::{CallResult, CallStatus, End, Invoke, Place, Request};
 use vlinder_core::{Kind, Namespace, NodeHash, SubmissionId};
 
 /// Longest reason that is kept beside a message that was set aside, in characters.
 const REASON_CHARS_MAX: usize = 200;
+/// Messages that are applied again when turns were given back: what a second of a busy log can hold.
+const ORPHANS_MAX: i64 = 10_000;
 
 /// Which of the two streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +86,10 @@ impl Item {
             Self::Node(_, stored) => stored.seq,
             Self::Unreadable { seq, .. } => *seq,
         }
+    }
+
+    fn is_healed(&self) -> bool {
+        matches!(self, Self::Node(_, stored) if stored.is_healed())
     }
 
     fn hash(&self) -> Option<NodeHash> {
@@ -142,13 +152,16 @@ pub(crate) fn node_hash(bytes: &[u8]) -> Result<NodeHash, Error> {
     Ok(NodeHash::from_bytes(bytes))
 }
 
-/// Applies a batch and moves the cursors, in one transaction. `created_ms` are those of `LOG` and `CTL`.
+/// Applies a batch and moves the cursors, in one transaction. `created_ms` are those of `LOG` and `CTL`,
+/// `now_ms` is bus time. Returns the sequences in `LOG` of messages whose turn may have been given back with
+/// this batch: they are to be applied again.
 pub(crate) fn apply_batch(
     connection: &mut Connection,
     ns: &Namespace,
     created_ms: [u64; 2],
+    now_ms: u64,
     batch: &[Item],
-) -> Result<(), Error> {
+) -> Result<Vec<u64>, Error> {
     let transaction = connection.transaction()?;
     let mut last: [Option<&Item>; 2] = [None, None];
     for item in batch {
@@ -156,6 +169,7 @@ pub(crate) fn apply_batch(
             tx: &transaction,
             ns,
             source: item.source(),
+            late: item.is_healed(),
         }
         .item(item)?;
         last[item.source().code() as usize] = Some(item);
@@ -172,6 +186,47 @@ pub(crate) fn apply_batch(
                 int(item.seq()),
                 hash.as_ref().map(|hash| &hash.as_bytes()[..]),
             ])?;
+        let of_source = batch.iter().filter(|item| item.source() == source);
+        tail::keep(&transaction, ns, source, now_ms, of_source)?;
+    }
+    let orphans = match batch.iter().any(Item::is_healed) {
+        true => orphans(&transaction, ns)?,
+        false => Vec::new(),
+    };
+    transaction.commit()?;
+    Ok(orphans)
+}
+
+/// Messages of `LOG` that belong to turns which it does not have.
+fn orphans(connection: &Connection, ns: &Namespace) -> Result<Vec<u64>, Error> {
+    let mut statement = connection.prepare_cached(
+        "SELECT seq FROM set_aside WHERE ns = ?1 AND stream = ?2 AND orphan ORDER BY seq DESC LIMIT ?3",
+    )?;
+    let rows = statement.query_map(params![ns.as_str(), LOG, ORPHANS_MAX], |row| number(row, 0))?;
+    let mut seqs: Vec<u64> = rows.collect::<Result<_, _>>()?;
+    seqs.reverse();
+    Ok(seqs)
+}
+
+/// Applies messages again that were set aside before, in one transaction. The cursors stay.
+pub(crate) fn apply_again(
+    connection: &mut Connection,
+    ns: &Namespace,
+    items: &[Item],
+) -> Result<(), Error> {
+    let transaction = connection.transaction()?;
+    for item in items {
+        let source = item.source();
+        transaction
+            .prepare_cached("DELETE FROM set_aside WHERE ns = ?1 AND stream = ?2 AND seq = ?3")?
+            .execute(params![ns.as_str(), source.code(), int(item.seq())])?;
+        let apply = Apply {
+            tx: &transaction,
+            ns,
+            source,
+            late: true,
+        };
+        apply.item(item)?;
     }
     transaction.commit()?;
     Ok(())
@@ -181,6 +236,19 @@ struct Apply<'a> {
     tx: &'a Transaction<'a>,
     ns: &'a Namespace,
     source: Source,
+    /// What came before may not stand: this was given back, or waited for what was.
+    late: bool,
+}
+
+/// Why a message is set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Aside {
+    /// The stream had its node before.
+    Duplicate,
+    /// It cannot be read as what it should be, or belongs to nothing.
+    Unreadable,
+    /// It belongs to a turn that the log does not have.
+    Orphan,
 }
 
 /// What a message turned out to be.
@@ -191,13 +259,15 @@ enum Found {
     Passed,
     /// Belongs to nothing, for this reason.
     Aside(String),
+    /// Belongs to a turn that the log does not have.
+    Orphan(&'static str),
 }
 
 impl Apply<'_> {
     fn item(&self, item: &Item) -> Result<(), Error> {
         let stored = match item {
             Item::Unreadable { seq, reason, .. } => {
-                return self.set_aside(*seq, None, false, reason);
+                return self.set_aside(*seq, None, Aside::Unreadable, reason);
             }
             Item::Node(_, stored) => stored,
         };
@@ -209,11 +279,16 @@ impl Apply<'_> {
                 return Ok(());
             }
             let reason = format!("the node at {} again", first.seq);
-            return self.set_aside(stored.seq, Some(&stored.hash), true, &reason);
+            return self.set_aside(stored.seq, Some(&stored.hash), Aside::Duplicate, &reason);
         }
         match self.node(stored)? {
             Found::Kept | Found::Passed => Ok(()),
-            Found::Aside(reason) => self.set_aside(stored.seq, Some(&stored.hash), false, &reason),
+            Found::Aside(reason) => {
+                self.set_aside(stored.seq, Some(&stored.hash), Aside::Unreadable, &reason)
+            }
+            Found::Orphan(reason) => {
+                self.set_aside(stored.seq, Some(&stored.hash), Aside::Orphan, reason)
+            }
         }
     }
 
@@ -294,13 +369,14 @@ impl Apply<'_> {
         ])?;
         self.cached(
             "INSERT INTO branches (ns, session, name, last_turn) VALUES (?1, ?2, ?3, ?4)
-             ON CONFLICT (ns, session, name) DO UPDATE SET last_turn = excluded.last_turn",
+             ON CONFLICT (ns, session, name) DO UPDATE SET last_turn = coalesce(excluded.last_turn, last_turn)",
         )?
         .execute(params![
             self.ns.as_str(),
             invoke.session.as_str(),
             invoke.branch.as_str(),
-            turn
+            // A displaced one stands beside the branch.
+            (!stored.is_displaced()).then_some(turn)
         ])?;
         Ok(Found::Kept)
     }
@@ -311,7 +387,9 @@ impl Apply<'_> {
             Err(error) => return Ok(aside(&error.to_string())),
         };
         let Some(turn) = self.turn(&request.submission)? else {
-            return Ok(aside("a request of a turn that the log does not have"));
+            return Ok(Found::Orphan(
+                "a request of a turn that the log does not have",
+            ));
         };
         let node = self.insert_node(stored, Some(turn.id), None)?;
         self.cached(
@@ -328,6 +406,15 @@ impl Apply<'_> {
             request.selector.as_str(),
             request.label.unwrap_or_default(),
         ])?;
+        if self.late {
+            // Its answer may have come before it was given back.
+            self.cached(
+                "UPDATE results SET request = ?1 WHERE turn = ?2 AND request IS NULL
+                 AND node IN (SELECT id FROM nodes WHERE turn = ?2 AND parents = ?3)",
+            )?
+            .execute(params![node, turn.id, &stored.hash.as_bytes()[..]])?;
+            self.mark_again(turn.id)?;
+        }
         Ok(Found::Kept)
     }
 
@@ -337,12 +424,23 @@ impl Apply<'_> {
             Err(error) => return Ok(aside(&error.to_string())),
         };
         let Some(turn) = self.turn(submission)? else {
-            return Ok(aside("a result of a turn that the log does not have"));
+            return Ok(Found::Orphan(
+                "a result of a turn that the log does not have",
+            ));
         };
         let key = &result.key.as_bytes()[..];
         let answered = self
-            .cached("SELECT 1 FROM results WHERE turn = ?1 AND key = ?2")?
-            .exists(params![turn.id, key])?;
+            .cached("SELECT node FROM results WHERE turn = ?1 AND key = ?2 AND won")?
+            .query_row(params![turn.id, key], |row| row.get::<_, i64>(0))
+            .optional()?;
+        let won = match answered {
+            None => true,
+            Some(first) => self.is_before(stored, first)?,
+        };
+        if let (Some(first), true) = (answered, won) {
+            self.cached("UPDATE results SET won = 0 WHERE node = ?1")?
+                .execute([first])?;
+        }
         let request = match stored.node.parents.first() {
             Some(parent) => self
                 .node_by_hash(parent)?
@@ -360,7 +458,7 @@ impl Apply<'_> {
             turn.id,
             key,
             request,
-            !answered,
+            won,
             result.status == CallStatus::Ok,
             result.http,
             result.content_type,
@@ -368,6 +466,9 @@ impl Apply<'_> {
             result.tokens_in.map(int),
             result.tokens_out.map(int),
         ])?;
+        if self.late {
+            self.mark_again(turn.id)?;
+        }
         Ok(Found::Kept)
     }
 
@@ -377,7 +478,7 @@ impl Apply<'_> {
             Err(error) => return Ok(aside(&error.to_string())),
         };
         let Some(turn) = self.turn(submission)? else {
-            return Ok(aside("an end of a turn that the log does not have"));
+            return Ok(Found::Orphan("an end of a turn that the log does not have"));
         };
         let node = self.insert_node(stored, Some(turn.id), None)?;
         self.cached(
@@ -390,7 +491,12 @@ impl Apply<'_> {
             end.code.unwrap_or_default(),
             end.state.as_ref().map(|state| &state.as_bytes()[..]),
         ])?;
-        if turn.ended {
+        if let Some(first) = turn.end {
+            if self.is_before(stored, first)? {
+                self.cached("UPDATE turns SET end_node = ?2 WHERE id = ?1")?
+                    .execute([turn.id, node])?;
+                self.mark_again(turn.id)?;
+            }
             return Ok(Found::Kept);
         }
         self.cached("UPDATE turns SET end_node = ?2 WHERE id = ?1")?
@@ -424,6 +530,33 @@ impl Apply<'_> {
         Ok(())
     }
 
+    /// Marks anew what the winning end of a turn reaches, if it has ended.
+    fn mark_again(&self, turn: i64) -> Result<(), Error> {
+        let end: Option<Vec<u8>> = self
+            .cached("SELECT n.hash FROM turns t JOIN nodes n ON n.id = t.end_node WHERE t.id = ?1")?
+            .query_row([turn], |row| row.get(0))
+            .optional()?;
+        let Some(end) = end else { return Ok(()) };
+        self.cached("UPDATE nodes SET reached = 0 WHERE turn = ?1")?
+            .execute([turn])?;
+        self.mark_reached(turn, node_hash(&end)?)
+    }
+
+    /// Whether a message comes before one that was applied earlier; only what is late can.
+    fn is_before(&self, stored: &Stored, applied: i64) -> Result<bool, Error> {
+        if !self.late {
+            return Ok(false);
+        }
+        let rank = self
+            .cached("SELECT seq, place FROM nodes WHERE id = ?1")?
+            .query_row([applied], |row| {
+                Ok((number(row, 0)?, row.get::<_, Option<String>>(1)?))
+            })?;
+        let place = rank.1.and_then(|place| place.parse().ok());
+        let place = place.unwrap_or_else(|| Place::at(rank.0));
+        Ok(stored.rank() < (place, rank.0))
+    }
+
     fn insert_node(
         &self,
         stored: &Stored,
@@ -444,8 +577,8 @@ impl Apply<'_> {
         let number_note = |name: &str| note(name).and_then(|text| text.parse().ok()).map(int);
         self.cached(
             "INSERT INTO nodes (ns, stream, seq, hash, kind, time_ms, turn, session, parents,
-                body_hash, body_len, body, emitter, attempt, took_us)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+                body_hash, body_len, body, emitter, attempt, took_us, place)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
         )?
         .execute(params![
             self.ns.as_str(),
@@ -463,6 +596,7 @@ impl Apply<'_> {
             note(NOTE_BY).unwrap_or_default(),
             number_note(NOTE_ATTEMPT).unwrap_or(0),
             number_note(NOTE_TOOK_US),
+            note(NOTE_HEALED),
         ])?;
         Ok(self.tx.last_insert_rowid())
     }
@@ -471,35 +605,36 @@ impl Apply<'_> {
         &self,
         seq: u64,
         hash: Option<&NodeHash>,
-        duplicate: bool,
+        why: Aside,
         reason: &str,
     ) -> Result<(), Error> {
-        if !duplicate {
+        if why != Aside::Duplicate {
             tracing::warn!(stream = ?self.source, seq, reason, "set aside");
         }
         let reason: String = reason.chars().take(REASON_CHARS_MAX).collect();
         self.cached(
-            "INSERT OR IGNORE INTO set_aside (ns, stream, seq, duplicate, hash, reason) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT OR IGNORE INTO set_aside (ns, stream, seq, duplicate, hash, reason, orphan) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )?
         .execute(params![
             self.ns.as_str(),
             self.source.code(),
             int(seq),
-            duplicate,
+            why == Aside::Duplicate,
             hash.map(|hash| &hash.as_bytes()[..]),
-            reason
+            reason,
+            why == Aside::Orphan
         ])?;
         Ok(())
     }
 
     fn turn(&self, submission: &SubmissionId) -> Result<Option<KnownTurn>, Error> {
         let found = self
-            .cached("SELECT id, session, end_node IS NOT NULL FROM turns WHERE ns = ?1 AND submission = ?2")?
+            .cached("SELECT id, session, end_node FROM turns WHERE ns = ?1 AND submission = ?2")?
             .query_row([self.ns.as_str(), submission.as_str()], |row| {
                 Ok(KnownTurn {
                     id: row.get(0)?,
                     session: row.get(1)?,
-                    ended: row.get(2)?,
+                    end: row.get(2)?,
                 })
             })
             .optional()?;
@@ -540,7 +675,8 @@ impl Apply<'_> {
 struct KnownTurn {
     id: i64,
     session: String,
-    ended: bool,
+    /// `nodes.id` of its winning end.
+    end: Option<i64>,
 }
 
 struct KnownNode {

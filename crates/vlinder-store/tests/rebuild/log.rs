@@ -180,6 +180,9 @@ impl Backend for MemoryLog {
     async fn queues(&self, _: &StreamName) -> Result<Vec<QueueInfo>, Error> {
         unused("queue")
     }
+    async fn mend_queues(&self, _: &StreamName, _: u64) -> Result<Vec<String>, Error> {
+        unreachable!("the stores have no queues to mend")
+    }
     async fn puller(&self, _: &StreamName, _: &str) -> Result<Box<dyn RawPuller>, Error> {
         unused("queue")
     }
