@@ -4,6 +4,7 @@ use crate::backend::{
     Backend, KvEntry, KvEvent, QueueInfo, QueueSpec, Raw, RawStored, Signal, StreamInfo, Verdict,
 };
 use crate::delivery::Puller;
+use crate::ends::Ends;
 use crate::error::Error;
 use crate::heal::Heights;
 use crate::streams::{BUCKETS, INLINE_BODY_MAX, StreamName};
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
-use vlinder_core::{BODY_BYTES_MAX, ContentHash, Namespace, Node, NodeHash};
+use vlinder_core::{BODY_BYTES_MAX, ContentHash, Namespace, Node, NodeHash, SubmissionId};
 
 /// How long an append tries before it reports that the outcome is unknown: longer than a
 /// replicated log needs to choose a new leader (4 to 9 s) or a server to be restarted.
@@ -126,6 +127,7 @@ pub struct Bus {
     skew_ms: Arc<AtomicI64>,
     /// How far each stream was seen to reach.
     pub(crate) heights: Arc<Heights>,
+    ends: Arc<Ends>,
 }
 
 impl Bus {
@@ -135,6 +137,7 @@ impl Bus {
             backend,
             skew_ms: Arc::new(AtomicI64::new(0)),
             heights: Arc::default(),
+            ends: Arc::default(),
         }
     }
 
@@ -419,6 +422,20 @@ impl Bus {
                 bus.learn_time(stored.time_ms);
                 futures::future::ready(decode_or_warn(stored))
             })
+            .boxed())
+    }
+
+    /// The end of a turn as it is stored, from now on; like [`Bus::seen`], but any number of waits share
+    /// one subscription.
+    pub async fn seen_end(
+        &self,
+        ns: &Namespace,
+        submission: &SubmissionId,
+    ) -> Result<Seen, Error> {
+        let bus = self.clone();
+        let ends = self.ends.of(&*self.backend, ns, submission).await?;
+        Ok(ends
+            .inspect(move |stored| bus.learn_time(stored.time_ms))
             .boxed())
     }
 

@@ -16,6 +16,7 @@ pub mod backend;
 mod bus;
 pub mod dead;
 mod delivery;
+mod ends;
 pub mod error;
 pub mod heal;
 pub mod local;

@@ -82,11 +82,7 @@ impl Calls {
         let log = self.cx.log();
         let bus = self.cx.bus.clone();
         let mut gaps = bus.gaps();
-        let mut ends = self
-            .cx
-            .bus
-            .seen(&subjects::end_of(&ns, &submission))
-            .await?;
+        let mut ends = self.cx.bus.seen_end(&ns, &submission).await?;
         // Whoever subscribes after the end was stored does not see it.
         let end = Subject::End { ns, submission };
         let has_ended = self.cx.bus.last(&log, &end).await?.is_some();

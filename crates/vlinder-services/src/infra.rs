@@ -26,7 +26,7 @@ const FIND_BATCH: usize = 1000;
 /// The kv key of the checkpoint.
 const CHECKPOINT_KEY: &str = "checkpoint";
 
-/// Every turn that began up to `seq` and has no end is in `open`.
+/// Every turn that began up to `seq` and has no end is in `open`; some there may have one.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Checkpoint {
     seq: u64,
@@ -104,12 +104,10 @@ pub async fn run(cx: WorkerCx) -> Result<(), Error> {
         .bus
         .follow(&log, &subjects::all_invokes(&cx.ns), checkpoint.seq + 1)
         .await?;
-    let mut ends = cx
-        .bus
-        .follow(&log, &subjects::all_ends(&cx.ns), checkpoint.seq + 1)
-        .await?;
+    // Live ends only keep `open` small: whether a turn that is due has one is looked up in the log.
+    let mut ends = cx.bus.seen(&subjects::all_ends(&cx.ns)).await?;
     cx.control.ready();
-    let (mut invoke_seq, mut end_seq) = (checkpoint.seq, checkpoint.seq);
+    let mut invoke_seq = checkpoint.seq;
     let mut early_ends: BTreeMap<String, u64> = BTreeMap::new();
     let mut dirty = false;
     let mut save = tokio::time::interval(CHECKPOINT_EVERY);
@@ -131,21 +129,21 @@ pub async fn run(cx: WorkerCx) -> Result<(), Error> {
                     }
                 }
             }
-            Some(item) = ends.next() => {
-                let Ok(stored) = item else { continue };
-                end_seq = stored.seq;
+            Some(stored) = ends.next() => {
                 dirty = true;
                 let submission = stored.node.field("submission").unwrap_or_default();
-                // The two subscriptions are not ordered against each other.
+                // An end may be seen before its invoke is delivered here.
                 if open.remove(submission).is_none() && stored.seq > invoke_seq {
                     early_ends.insert(submission.to_owned(), stored.seq);
                 }
                 early_ends.retain(|_, seq| *seq > invoke_seq);
             }
-            () = tokio::time::sleep(wait), if next_due.is_some() => sweep(&cx, &mut open).await,
+            () = tokio::time::sleep(wait), if next_due.is_some() => tokio::select! {
+                () = cx.drain.cancelled() => break,
+                () = sweep(&cx, &mut open) => {}
+            },
             _ = save.tick(), if dirty => {
-                // Up to the lesser of the two, nothing is missing.
-                let seq = invoke_seq.min(end_seq);
+                let seq = invoke_seq;
                 let open = open.iter().map(|(name, turn)| (name.clone(), turn.seq)).collect();
                 let value = serde_json::to_vec(&Checkpoint { seq, open }).unwrap_or_default();
                 match cx.bus.kv_put(BUCKET_OPEN_TURNS, CHECKPOINT_KEY, Bytes::from(value), None).await {

@@ -1,6 +1,7 @@
 //! The follower: reads both streams from their cursors and applies what comes, in batches.
 //!
-//! A batch is what is ready, up to a bound; while one commits, the next one gathers. Before it
+//! A batch is what comes within a few milliseconds, up to a bound, or what is ready where somebody waits
+//! for it; while one commits, the next one gathers. Before it
 //! follows, and whenever a lost connection is back, it compares its cursors with the log (created, last
 //! sequence, node there): if they do not fit, the log lost its tail, which is given back, or it is another
 //! one; the projection begins anew. It goes on through outages of
@@ -21,6 +22,9 @@ use tokio_util::sync::CancellationToken;
 const BATCH_ITEMS_MAX: usize = 512;
 /// Bytes of messages gathered for one transaction.
 const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// How long a batch gathers while nobody waits for it: a transaction for every message would take
+/// from the turns that make them most of what they need themselves on a small machine.
+const LINGER: Duration = Duration::from_millis(5);
 /// First and longest pause after a failure.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
@@ -94,7 +98,7 @@ impl Follower {
                 () = projection.0.recheck.notified() => return Ok(()),
                 // The server was away, and may have come back with less than it had.
                 () = gaps.next() => return Ok(()),
-                batch = next_batch(&mut items) => batch?,
+                batch = next_batch(&mut items, &projection) => batch?,
             };
             self.apply(created_ms, batch.items).await?;
             if let Some(error) = batch.broken {
@@ -270,25 +274,39 @@ struct Batch {
     broken: Option<Error>,
 }
 
-/// Waits for a message and takes what else is ready. Cancel-safe: it waits only for the first.
-async fn next_batch(items: &mut Items) -> Result<Batch, Error> {
+/// Waits for a message and takes what else comes before the batch is full, [`LINGER`] has passed, or
+/// somebody waits for it. Not cancel-safe: what was gathered is read again from the cursor.
+async fn next_batch(items: &mut Items, projection: &Projection) -> Result<Batch, Error> {
     let first = items.next().await.ok_or_else(stream_ended)??;
     let mut bytes = first.weight();
     let mut batch = Batch {
         items: vec![first],
         broken: None,
     };
+    let inner = &projection.0;
+    let linger = tokio::time::sleep(LINGER);
+    tokio::pin!(linger);
     while batch.items.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
-        match items.next().now_or_never() {
-            Some(Some(Ok(item))) => {
+        let next = match items.next().now_or_never() {
+            Some(next) => next,
+            None if inner.applied.receiver_count() > 0 => break,
+            None => tokio::select! {
+                biased;
+                next = items.next() => next,
+                () = inner.hurry.notified() => continue,
+                () = &mut linger => break,
+            },
+        };
+        match next {
+            Some(Ok(item)) => {
                 bytes += item.weight();
                 batch.items.push(item);
             }
-            Some(Some(Err(error))) => {
+            Some(Err(error)) => {
                 batch.broken = Some(error);
                 break;
             }
-            Some(None) | None => break,
+            None => break,
         }
     }
     Ok(batch)

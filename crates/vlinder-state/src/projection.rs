@@ -59,6 +59,8 @@ pub(crate) struct Inner {
     pub ns: Namespace,
     pub db: Arc<Db>,
     pub applied: watch::Sender<Applied>,
+    /// Tells the follower that somebody waits for what it gathers.
+    pub hurry: Notify,
     /// Tells the follower to compare its cursors with the log again.
     pub recheck: Notify,
     /// The file that was found damaged, by its generation; [`NO_FILE`] for none. A reader that
@@ -106,6 +108,7 @@ impl Projection {
             ns,
             db: Arc::new(db),
             applied: watch::Sender::new(Applied::default()),
+            hurry: Notify::new(),
             recheck: Notify::new(),
             damaged: AtomicU64::new(NO_FILE),
             rebuilds: AtomicU64::new(0),
@@ -144,6 +147,7 @@ impl Projection {
             });
         }
         let mut applied = self.0.applied.subscribe();
+        self.0.hurry.notify_one();
         let reached = applied.wait_for(|applied| applied.behind(target) == 0);
         match timeout_at(deadline, reached).await {
             Ok(Ok(applied)) => Ok(*applied),

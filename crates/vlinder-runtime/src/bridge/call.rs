@@ -202,6 +202,8 @@ pub(crate) async fn ask_and_wait(
     ask: &Ask,
     prepared: &Prepared,
 ) -> Result<Arc<Answered>, CallError> {
+    let submission = &invocation.turn.invoke.submission;
+    invocation.answers.listen(&shared.cx, submission).await?;
     // The answer may be seen before the request is confirmed.
     let answer = invocation.answers.wait(prepared.key);
     tokio::pin!(answer);

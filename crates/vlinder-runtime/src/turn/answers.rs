@@ -1,17 +1,21 @@
-//! The answers to a turn's calls, as they come in on the turn's one subscription, and its end.
+//! The answers to a turn's calls, as they come in, and its end.
 //!
 //! The first answer to a call key in the log is the answer, first by [`Stored::rank`]; later ones are
 //! skipped. One that was lost and is given back while the turn runs replaces what was made meanwhile for
 //! whoever asks from then on. Subscriptions can
 //! lose messages when the connection does, so whoever feeds this also reads the log now and then.
 
+use futures::StreamExt;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use tokio::sync::oneshot;
+use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use vlinder_bus::{Body, Bus, Stored, StreamName};
 use vlinder_core::record::{CallResult, Place};
-use vlinder_core::{CallKey, Kind, NodeHash};
+use vlinder_core::{CallKey, Kind, NodeHash, SubmissionId};
+use vlinder_worker::WorkerCx;
+use vlinder_worker::service::call_subject;
 
 /// Inline bodies up to this many bytes are held until they are asked for; larger ones are read again
 /// then. A turn may have 100,000 answers.
@@ -67,6 +71,7 @@ pub(crate) struct Answers {
     state: Mutex<State>,
     end: OnceLock<NodeHash>,
     ended: CancellationToken,
+    listening: OnceCell<AbortOnDropHandle<()>>,
 }
 
 #[derive(Default)]
@@ -76,6 +81,30 @@ struct State {
 }
 
 impl Answers {
+    /// Hears every answer that is stored after this returned, until the last of `self` is dropped. To be
+    /// called before a request is sent; a turn without calls needs no subscription for them.
+    pub async fn listen(
+        self: &Arc<Self>,
+        cx: &WorkerCx,
+        submission: &SubmissionId,
+    ) -> Result<(), vlinder_bus::Error> {
+        let listen = || async {
+            let subject = call_subject(&cx.ns, submission).to_string();
+            let mut seen = cx.bus.seen(&subject).await?;
+            let answers = Arc::downgrade(self);
+            let task = tokio::spawn(async move {
+                while let Some(stored) = seen.next().await {
+                    let Some(answers) = answers.upgrade() else {
+                        return;
+                    };
+                    answers.take(stored);
+                }
+            });
+            Ok(AbortOnDropHandle::new(task))
+        };
+        self.listening.get_or_try_init(listen).await.map(|_| ())
+    }
+
     /// Takes a message from the turn's subscription, or one that was read back.
     pub fn take(&self, stored: Stored) {
         match stored.node.kind {

@@ -4,8 +4,8 @@
 //! turn that was begun before (by a worker that died, or by a replica that did) is run again with the
 //! record of its calls, so that the agent gets the same answers and nothing is done or paid for twice.
 //!
-//! Before the agent is called the turn subscribes to its own answers: the same subscription tells the
-//! answers to its calls and its end, whoever writes it; that is how a turn is cancelled.
+//! Before the agent is called the turn listens for its own end, whoever writes it; that is how a turn is
+//! cancelled. For the answers to its calls it listens from its first call on.
 
 pub(crate) mod answers;
 pub(crate) mod invocation;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_ATTEMPT, NOTE_BY, NOTE_REASON};
-use vlinder_bus::{Gaps, Message, Seen, Stored, Subject, subjects};
+use vlinder_bus::{Gaps, Message, Seen, Stored, Subject};
 use vlinder_core::record::{End, Invoke, Outcome};
 use vlinder_core::{Kind, NodeHash};
 use vlinder_worker::service::{TURN_MESSAGES_MAX, call_subject};
@@ -163,7 +163,7 @@ impl<'a> Turn<'a> {
         let cx = &self.agent.shared.cx;
         let bus = &cx.bus;
         let log = cx.log();
-        let filter = subjects::answers_of(&cx.ns, &self.facts.invoke.submission);
+        let submission = &self.facts.invoke.submission;
         if self.facts.attempt > 1 && self.read_end().await? {
             // A bus that was killed delivers what it has forgotten, many ended turns in a row: each is
             // passed with one look, while those that wait behind it wait for little.
@@ -176,13 +176,17 @@ impl<'a> Turn<'a> {
         }
         let gaps = bus.gaps();
         let (seen, history, input, ()) = tokio::try_join!(
-            bus.seen(&filter),
+            bus.seen_end(&cx.ns, submission),
             self.history(),
             bus.load(&self.invoke.body),
             bus.settled(&log, self.facts.seq),
         )?;
         let mut live = Live { seen, gaps };
         let age_ms = bus.now_ms().saturating_sub(self.invoke.time_ms);
+        if self.facts.attempt > 1 {
+            // Calls of an earlier attempt may be answered from now on.
+            self.answers.listen(cx, submission).await?;
+        }
         if self.facts.attempt > 1 || age_ms > STALE_MS {
             self.read_back().await?;
         }

@@ -80,7 +80,7 @@ pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn,
     let seen = shared
         .cx
         .bus
-        .seen(&subjects::end_of(&ns, &submission))
+        .seen_end(&ns, &submission)
         .await
         .map_err(status::of_bus)?;
     let chunks = if request.stream {
