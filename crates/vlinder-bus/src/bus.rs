@@ -427,11 +427,7 @@ impl Bus {
 
     /// The end of a turn as it is stored, from now on; like [`Bus::seen`], but any number of waits share
     /// one subscription.
-    pub async fn seen_end(
-        &self,
-        ns: &Namespace,
-        submission: &SubmissionId,
-    ) -> Result<Seen, Error> {
+    pub async fn seen_end(&self, ns: &Namespace, submission: &SubmissionId) -> Result<Seen, Error> {
         let bus = self.clone();
         let ends = self.ends.of(&*self.backend, ns, submission).await?;
         Ok(ends

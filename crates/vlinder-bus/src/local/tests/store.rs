@@ -455,14 +455,22 @@ async fn a_hundred_thousand_messages_open_fast() {
          INSERT INTO message SELECT pos, 'id' || pos, '[]', zeroblob(500) FROM entry;",
     )
     .unwrap();
+    let begun = Instant::now();
+    let _: i64 = conn
+        .query_row("SELECT sum(length(hex(body))) FROM message", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    let read = begun.elapsed();
     drop(conn);
     let begun = Instant::now();
     let bus = LocalBus::open(options(dir.path())).await.unwrap();
     let took = begun.elapsed();
     let info = bus.stream_info(&log()).await.unwrap();
     assert_eq!((info.messages, info.bytes), (100_000, 50_000_000));
-    // 300 ms is the aim; this is a debug build on a busy machine.
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    // 300 ms is the aim. Against reading all bodies once, since the machine may be busy: what takes
+    // time with the square of the messages is far beyond.
+    assert!(took < 50 * read, "{took:?}, reading takes {read:?}");
 }
 
 /// How often the threads of the bus were put to sleep so far.
