@@ -115,7 +115,7 @@ async fn every_format_passes_unchanged_streamed_or_not() {
     worker.drained().await;
 
     let mut openai = options(Backend::Openai, &format!("{}/v1", front.url()));
-    openai.api_key = Some("key-1".to_owned());
+    openai.api_key = Some("key-1".to_owned()).into();
     let (bed, worker) = ready(openai).await;
     let operation = "v1/chat/completions";
     for streams in [true, false] {
