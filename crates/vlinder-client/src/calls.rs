@@ -82,6 +82,7 @@ in_namespace!(
     state::ListTurnsRequest,
     state::GetTurnRequest,
     state::VerifySessionRequest,
+    state::GetBodyRequest,
     secret::PutRequest,
     secret::GetRequest,
     secret::ListRequest,
@@ -225,6 +226,8 @@ streams! {
     events: Harness, harness_client, events(harness::EventsRequest) -> harness::Event;
     /// Measures the installation; the report is the last item.
     bench: Harness, harness_client, bench(harness::BenchRequest) -> harness::BenchEvent;
+    /// The bytes of a node's body.
+    get_body: State, state_client, get_body(state::GetBodyRequest) -> state::BodyChunk;
     /// What an agent printed.
     agent_logs: Registry, registry_client, agent_logs(registry::AgentLogsRequest) -> registry::LogLine;
     /// What the workers of a role printed.
