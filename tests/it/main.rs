@@ -7,6 +7,7 @@ mod agents;
 mod chaos;
 mod cluster;
 mod configuration;
+mod console;
 mod conversation;
 mod counts;
 mod doctor;

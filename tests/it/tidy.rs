@@ -20,6 +20,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("vlinder-services", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-proto"][..]),
         ("vlinder-client", &["vlinder-core", "vlinder-config", "vlinder-proto"][..]),
         ("vlinder-cli", &["vlinder-core", "vlinder-config", "vlinder-proto", "vlinder-client"][..]),
+        ("vlinder-console", &["vlinder-proto", "vlinder-client"][..]),
         ("vlinder-testkit", &[][..]),
     ])
 }

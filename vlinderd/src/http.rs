@@ -1,24 +1,26 @@
 //! The HTTP face (interfaces.md §6): health, readiness, metrics, events, the state of the cluster, and
-//! the OpenAI-compatible gateway.
+//! the OpenAI-compatible gateway; all else is the console's.
 //! Served by the daemon itself, so that it answers whatever its workers do. Every route asks for the
 //! credential.
 
-use crate::gateway;
+use crate::door::{self, Door};
 use crate::listeners::Listeners;
 use crate::node::NodeFace;
+use crate::{console, gateway};
 use axum::Router;
-use axum::extract::{ConnectInfo, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::extract::{ConnectInfo, Form, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use futures::StreamExt;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use vlinder_core::WorkerRole;
 use vlinder_services::auth::Gate;
 use vlinder_services::harness::events;
 use vlinder_supervisor::NodePhase;
@@ -27,7 +29,7 @@ use vlinder_worker::{WorkerCx, nodes};
 /// How long a look at the bus may take.
 const BUS_DEADLINE: Duration = Duration::from_secs(2);
 
-/// What is served here, and what it is: the index at `/`, until the console takes its place.
+/// What is served here, and what it is: the index at `/` for programs; browsers get the console there.
 const SERVED: [(&str, &str); 7] = [
     ("/healthz", "200 while the daemon turns"),
     (
@@ -54,23 +56,24 @@ const SERVED: [(&str, &str); 7] = [
 struct Face {
     node: Arc<NodeFace>,
     cx: WorkerCx,
-    gate: Gate,
+    door: Arc<Door>,
 }
 
 /// Serves until the daemon ends.
 pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, listeners: &Arc<Listeners>, gate: Gate) {
     let gateway = gateway::routes(node.clone(), listeners.clone());
-    let face = Face { node, cx, gate };
+    let door = Arc::new(Door::new(gate));
+    let face = Face { node, cx, door };
     let routes = Router::new()
-        .route("/", get(index))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/events", get(event_stream))
         .route("/state/cluster", get(cluster))
         .merge(gateway)
-        .fallback(nothing_here)
+        .fallback(elsewhere)
         .layer(middleware::from_fn_with_state(face.clone(), check))
+        .route("/login", post(log_in))
         .with_state(face);
     let listener = listeners
         .http
@@ -87,31 +90,65 @@ pub async fn serve(node: Arc<NodeFace>, cx: WorkerCx, listeners: &Arc<Listeners>
     }
 }
 
+/// Every route but the sign-in asks for the credential, as a bearer token or as a browser's sign-in.
 async fn check(
     State(face): State<Face>,
     ConnectInfo(from): ConnectInfo<SocketAddr>,
     request: Request,
     next: Next,
 ) -> Response {
-    let given = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    match face.gate.check(given, Some(from.ip())) {
-        Ok(()) => next.run(request).await,
-        Err(refusal) => {
-            tokio::time::sleep(refusal.delay).await;
-            let status = StatusCode::UNAUTHORIZED;
-            let mut response = match gateway::is_below(request.uri().path()) {
-                true => gateway::error(status, "unauthenticated", None, refusal.message),
-                false => error(status, "unauthenticated", refusal.message),
-            };
-            response.headers_mut().insert(
-                header::WWW_AUTHENTICATE,
-                header::HeaderValue::from_static("Bearer"),
-            );
-            response
-        }
+    let refusal = match face
+        .door
+        .check(request.method(), request.headers(), from.ip())
+    {
+        Ok(()) => return next.run(request).await,
+        Err(refusal) => refusal,
+    };
+    tokio::time::sleep(refusal.delay).await;
+    let status = StatusCode::UNAUTHORIZED;
+    let is_gateway = gateway::is_below(request.uri().path());
+    if !is_gateway && door::wants_a_page(request.headers()) {
+        let path = request.uri().path_and_query();
+        return door::sign_in(path.map_or("/", |path| path.as_str()), None);
+    }
+    let mut response = match is_gateway {
+        true => gateway::error(status, "unauthenticated", None, refusal.message),
+        false => error(status, "unauthenticated", refusal.message),
+    };
+    response.headers_mut().insert(
+        header::WWW_AUTHENTICATE,
+        header::HeaderValue::from_static("Bearer"),
+    );
+    response
+}
+
+/// `POST /login`: a browser's sign-in.
+async fn log_in(
+    State(face): State<Face>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    Form(form): Form<door::SignIn>,
+) -> Response {
+    face.door.sign_in(&headers, from.ip(), form).await
+}
+
+/// What the daemon does not serve itself is the console's, where this node has one that works.
+async fn elsewhere(State(face): State<Face>, request: Request) -> Response {
+    let is_page = door::wants_a_page(request.headers());
+    let path = request.uri().path();
+    if path == "/" && !is_page {
+        return index(&face);
+    }
+    let workers = face.node.supervisor.status().borrow().workers.clone();
+    let indexes = workers
+        .iter()
+        .filter(|worker| worker.key.role == WorkerRole::SessionViewer && worker.state.is_up())
+        .map(|worker| worker.key.index);
+    let is_index = path == "/";
+    match console::forward(&face.cx.data_dir, indexes, request).await {
+        Ok(response) => response,
+        Err(console::Away) if is_index => index(&face),
+        Err(console::Away) => nothing_here(),
     }
 }
 
@@ -123,17 +160,17 @@ fn error(status: StatusCode, code: &str, message: &str) -> Response {
         .into_response()
 }
 
-async fn nothing_here() -> Response {
+fn nothing_here() -> Response {
     let paths: Vec<&str> = SERVED.iter().map(|(path, _)| *path).collect();
     let message = format!(
-        "there is {}; the console comes with a later release",
+        "there is {}; and the console, where a session_viewer worker is ready",
         paths.join(", ")
     );
     error(StatusCode::NOT_FOUND, "not_found", &message)
 }
 
 /// What this face serves.
-async fn index(State(face): State<Face>) -> Response {
+fn index(face: &Face) -> Response {
     let routes: Vec<Value> = SERVED
         .iter()
         .map(|(path, what)| json!({ "path": path, "what": what }))
@@ -142,7 +179,7 @@ async fn index(State(face): State<Face>) -> Response {
         "service": "vlinderd",
         "version": env!("CARGO_PKG_VERSION"),
         "node": face.cx.id.node.as_str(),
-        "console": "comes with a later release",
+        "console": "/ in a browser, where a session_viewer worker is ready",
         "routes": routes,
     });
     let text = format!("{index:#}\n");

@@ -1,5 +1,5 @@
-//! The node as a client of the cluster's services, its own among them: for the gateway, for agents'
-//! secrets, and for the keys of model providers.
+//! The node as a client of the cluster's services, its own among them: for the gateway, for the console,
+//! for agents' secrets, and for the keys of model providers.
 
 use async_trait::async_trait;
 use std::path::PathBuf;
@@ -41,49 +41,74 @@ pub fn addresses_of(config: &Config, own: Option<&Url>, service: Service) -> Vec
     urls
 }
 
-/// Reads secrets from the secret service, wherever it is at the time.
-pub struct SecretReader {
+/// A client of some services, wherever they are at the time.
+pub struct Peers {
     config: Arc<Config>,
     data_dir: PathBuf,
     token: String,
+    services: &'static [Service],
     /// The client of the addresses beside it.
-    client: Mutex<Option<(Vec<String>, Client)>>,
+    client: Mutex<Option<(Addresses, Client)>>,
 }
 
-impl SecretReader {
-    pub fn new(config: Arc<Config>, cx: &WorkerCx, token: &str) -> Self {
+type Addresses = Vec<(Service, Vec<String>)>;
+
+impl Peers {
+    pub fn new(
+        config: Arc<Config>,
+        cx: &WorkerCx,
+        token: &str,
+        services: &'static [Service],
+    ) -> Self {
         Self {
             config,
             data_dir: cx.data_dir.to_path_buf(),
             token: token.to_owned(),
+            services,
             client: Mutex::default(),
         }
     }
 
-    fn client(&self) -> Result<Client, Error> {
+    /// A client of where they are now.
+    pub fn client(&self) -> Result<Client, Error> {
         let own = NodeAddresses::read(&self.data_dir).ok().flatten();
-        let own = own.as_ref().and_then(|own| own.get(Service::Secret));
-        // A node without a secret service writes there what its configuration says.
-        let urls = addresses_of(&self.config, own, Service::Secret);
+        let addresses: Addresses = self
+            .services
+            .iter()
+            .map(|&service| {
+                // A node without the service writes there what its configuration says.
+                let own = own.as_ref().and_then(|own| own.get(service));
+                (service, addresses_of(&self.config, own, service))
+            })
+            .collect();
         let mut known = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, client)) = &*known
-            && *of == urls
+            && *of == addresses
         {
             return Ok(client.clone());
         }
         let namespace = Namespace::default_ns();
-        let client = Client::of(
-            [(Service::Secret, urls.clone())],
-            Some(&self.token),
-            namespace.as_str(),
-        )?;
-        let client = client.with_limits(Limits {
+        let client = Client::of(addresses.clone(), Some(&self.token), namespace.as_str())?;
+        *known = Some((addresses, client.clone()));
+        Ok(client)
+    }
+}
+
+/// Reads secrets from the secret service, wherever it is at the time.
+pub struct SecretReader(Peers);
+
+impl SecretReader {
+    pub fn new(config: Arc<Config>, cx: &WorkerCx, token: &str) -> Self {
+        Self(Peers::new(config, cx, token, &[Service::Secret]))
+    }
+
+    fn client(&self) -> Result<Client, Error> {
+        let client = self.0.client()?;
+        Ok(client.with_limits(Limits {
             call: SECRET_DEADLINE,
             retry: SECRET_DEADLINE,
             ..Limits::default()
-        });
-        *known = Some((urls, client.clone()));
-        Ok(client)
+        }))
     }
 }
 

@@ -1,14 +1,14 @@
 //! Which code serves which role: the one place that knows all of them.
 
 use crate::listeners::GRPC;
-use crate::peers::{FollowedSecret, SecretReader};
+use crate::peers::{FollowedSecret, Peers, SecretReader};
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use vlinder_config::Config;
+use vlinder_config::{Config, Service};
 use vlinder_core::WorkerRole;
 use vlinder_inference::Backend;
 use vlinder_proto::MESSAGE_BYTES_MAX;
@@ -21,6 +21,9 @@ use vlinder_services::auth::Gate;
 use vlinder_services::{catalog, grpc, harness, infra, registry, secret};
 use vlinder_worker::infra::InfraView;
 use vlinder_worker::{Error, WorkerCx};
+
+/// Longest path of a socket in the file system that Linux takes, in bytes (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
 
 /// The roles that this release can run, or hold a place for.
 pub const SUPPORTED: [WorkerRole; 15] = [
@@ -178,11 +181,20 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
         }
         WorkerRole::DagGit => wait(cx, "this release has no git projection yet").await,
         WorkerRole::SessionViewer => {
-            wait(
-                cx,
-                "this release has no console yet; use `vlinder session` and /state/cluster",
-            )
-            .await
+            let services = &[Service::State, Service::Registry, Service::Harness];
+            let peers = Peers::new(config.clone(), &cx, &setup.token, services);
+            let path = crate::console::socket_of(&cx.data_dir, cx.id.index);
+            if path.as_os_str().len() > SOCKET_PATH_MAX {
+                let reason = format!("the path of its socket is too long: {}", path.display());
+                return wait(cx, &reason).await;
+            }
+            let clients: vlinder_console::Clients = Arc::new(move || peers.client());
+            vlinder_console::serve(&path, clients, || cx.control.ready(), cx.drain.clone())
+                .await
+                .map_err(|source| Error::Io {
+                    what: format!("cannot serve the console on {}", path.display()),
+                    source,
+                })
         }
         role @ (WorkerRole::AgentLambda | WorkerRole::InferenceLocal) => Err(Error::Config(
             format!("this release cannot run workers of role {role}"),

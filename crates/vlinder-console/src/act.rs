@@ -1,7 +1,7 @@
 //! What one can do from a page: fork, promote, cancel, run a turn. Each goes back to where it shows.
 
-use crate::page::{Failure, segment};
 use crate::Console;
+use crate::page::{Failure, segment};
 use axum::extract::{Form, Path, State};
 use axum::response::Redirect;
 use serde::Deserialize;
@@ -88,7 +88,10 @@ pub async fn run(
     });
     // The first event says that the turn is stored.
     turn.next().await?;
-    Ok(Redirect::to(&format!("/turns/{}", segment(turn.submission()))))
+    Ok(Redirect::to(&format!(
+        "/turns/{}",
+        segment(turn.submission())
+    )))
 }
 
 fn back(session: &str) -> Redirect {

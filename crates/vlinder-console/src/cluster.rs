@@ -1,8 +1,8 @@
 //! Nodes, workers and queues as they are now, and the agents with their replicas.
 
+use crate::Console;
 use crate::page::{Failure, Place, lasted, page, state, when};
 use crate::text::visible;
-use crate::Console;
 use axum::extract::State;
 use axum::response::Response;
 use maud::html;

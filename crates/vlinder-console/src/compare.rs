@@ -1,8 +1,8 @@
 //! Two branches side by side.
 
+use crate::Console;
 use crate::page::{Failure, Place, page, segment, state};
 use crate::text::brief;
-use crate::Console;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use maud::{Markup, html};

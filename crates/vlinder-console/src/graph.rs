@@ -157,17 +157,38 @@ mod tests {
 
     #[test]
     fn a_fork_leaves_the_line_that_it_comes_from() {
-        let main = vec![turn("a", "main", 1), turn("b", "main", 2), turn("d", "main", 4)];
-        let fork = vec![turn("a", "main", 1), turn("c", "alt", 3), turn("e", "alt", 5)];
+        let main = vec![
+            turn("a", "main", 1),
+            turn("b", "main", 2),
+            turn("d", "main", 4),
+        ];
+        let fork = vec![
+            turn("a", "main", 1),
+            turn("c", "alt", 3),
+            turn("e", "alt", 5),
+        ];
         let graph = Graph::new(&[branch("main"), branch("alt")], vec![main, fork]);
-        let order: Vec<_> = graph.rows.iter().map(|row| row.turn.submission.as_str()).collect();
+        let order: Vec<_> = graph
+            .rows
+            .iter()
+            .map(|row| row.turn.submission.as_str())
+            .collect();
         assert_eq!(order, ["a", "b", "c", "d", "e"]);
         let lanes: Vec<_> = graph.rows.iter().map(|row| (row.lane, row.from)).collect();
-        assert_eq!(lanes, [(0, None), (0, None), (1, Some(0)), (0, None), (1, None)]);
+        assert_eq!(
+            lanes,
+            [(0, None), (0, None), (1, Some(0)), (0, None), (1, None)]
+        );
         let line = |lane, above, below| Line { lane, above, below };
         assert_eq!(graph.rows[0].lines, [line(0, false, true)]);
-        assert_eq!(graph.rows[2].lines, [line(0, true, true), line(1, false, true)]);
-        assert_eq!(graph.rows[3].lines, [line(0, true, false), line(1, true, true)]);
+        assert_eq!(
+            graph.rows[2].lines,
+            [line(0, true, true), line(1, false, true)]
+        );
+        assert_eq!(
+            graph.rows[3].lines,
+            [line(0, true, false), line(1, true, true)]
+        );
         assert_eq!(graph.rows[4].lines, [line(1, true, false)]);
         let drawn = graph.draw(&graph.rows[2]).into_string();
         assert!(drawn.contains("<path") && drawn.contains("<circle"));
@@ -182,7 +203,12 @@ mod tests {
         let graph = Graph::new(&branches, vec![main, fork, other]);
         let between = &graph.rows[1];
         assert_eq!(between.turn.submission, "x");
-        assert!(between.lines.iter().any(|line| line.lane == 0 && line.above && line.below));
+        assert!(
+            between
+                .lines
+                .iter()
+                .any(|line| line.lane == 0 && line.above && line.below)
+        );
     }
 
     #[test]

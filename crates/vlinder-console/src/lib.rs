@@ -87,11 +87,17 @@ pub async fn serve(
 const DRAIN_WITHIN: std::time::Duration = std::time::Duration::from_secs(2);
 
 async fn style() -> Response {
-    asset("text/css; charset=utf-8", include_str!("../assets/console.css"))
+    asset(
+        "text/css; charset=utf-8",
+        include_str!("../assets/console.css"),
+    )
 }
 
 async fn script() -> Response {
-    asset("text/javascript; charset=utf-8", include_str!("../assets/console.js"))
+    asset(
+        "text/javascript; charset=utf-8",
+        include_str!("../assets/console.js"),
+    )
 }
 
 fn asset(kind: &'static str, body: &'static str) -> Response {

@@ -86,7 +86,9 @@ impl From<Error> for Failure {
             Error::Service { code, .. } => match code {
                 Code::NotFound => StatusCode::NOT_FOUND,
                 Code::InvalidArgument | Code::OutOfRange => StatusCode::BAD_REQUEST,
-                Code::Aborted | Code::AlreadyExists | Code::FailedPrecondition => StatusCode::CONFLICT,
+                Code::Aborted | Code::AlreadyExists | Code::FailedPrecondition => {
+                    StatusCode::CONFLICT
+                }
                 Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
                 Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
                 _ => StatusCode::INTERNAL_SERVER_ERROR,

@@ -1,9 +1,9 @@
 //! The list of sessions, and one session as a graph that one can walk.
 
+use crate::Console;
 use crate::graph::Graph;
 use crate::page::{Failure, Place, hash, lasted, page, segment, state, when};
 use crate::text::brief;
-use crate::Console;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use maud::{Markup, html};
@@ -50,9 +50,8 @@ pub async fn list(
                 .any(|text| text.to_lowercase().contains(&searched))
         })
         .collect();
-    let more = (!found.next.is_empty()).then(|| {
-        format!("/?q={}&before={}", segment(&query.q), segment(&found.next))
-    });
+    let more = (!found.next.is_empty())
+        .then(|| format!("/?q={}&before={}", segment(&query.q), segment(&found.next)));
     let content = html! {
         h1 { "Sessions" }
         form.search method="get" action="/" role="search" {

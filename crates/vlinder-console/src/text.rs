@@ -13,7 +13,10 @@ pub fn visible(text: &str) -> String {
             '\n' | '\t' => c,
             '\u{0}'..='\u{1f}' => char::from_u32(0x2400 + c as u32).unwrap_or('\u{fffd}'),
             '\u{7f}' => '\u{2421}',
-            '\u{80}'..='\u{9f}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}'
+            '\u{80}'..='\u{9f}'
+            | '\u{200e}'
+            | '\u{200f}'
+            | '\u{202a}'..='\u{202e}'
             | '\u{2066}'..='\u{2069}' => '\u{fffd}',
             c => c,
         })
@@ -23,7 +26,8 @@ pub fn visible(text: &str) -> String {
 /// JSON in lines, other text as it is; both visible.
 pub fn pretty(text: &str) -> String {
     let trimmed = text.trim_start();
-    if text.len() <= JSON_BYTES_MAX && trimmed.starts_with(['{', '['])
+    if text.len() <= JSON_BYTES_MAX
+        && trimmed.starts_with(['{', '['])
         && let Ok(value) = serde_json::from_str::<serde_json::Value>(text)
         && let Ok(lines) = serde_json::to_string_pretty(&value)
     {
@@ -50,7 +54,9 @@ pub fn short(id: &str) -> &str {
 /// A time in milliseconds since the Unix epoch, in UTC to the second, for people.
 pub fn clock(ms: u64) -> String {
     let iso = iso(ms);
-    iso.get(..19).map(|text| text.replace('T', " ")).unwrap_or(iso)
+    iso.get(..19)
+        .map(|text| text.replace('T', " "))
+        .unwrap_or(iso)
 }
 
 /// The same as RFC 3339, for machines.
@@ -78,7 +84,10 @@ mod tests {
 
     #[test]
     fn nothing_acts_and_nothing_hides() {
-        assert_eq!(visible("a\u{1b}[31mb\r\n\u{202e}c"), "a\u{241b}[31mb\u{240d}\n\u{fffd}c");
+        assert_eq!(
+            visible("a\u{1b}[31mb\r\n\u{202e}c"),
+            "a\u{241b}[31mb\u{240d}\n\u{fffd}c"
+        );
         assert_eq!(pretty(r#"{"a":[1]}"#), "{\n  \"a\": [\n    1\n  ]\n}");
         assert_eq!(pretty("{not json"), "{not json");
         let deep = "[".repeat(100_000);

@@ -1,8 +1,8 @@
 //! One turn with everything that it asked and was answered.
 
+use crate::Console;
 use crate::page::{Failure, HEADERS, Place, hash, lasted, page, segment, state, when};
 use crate::text::{brief, pretty, visible};
-use crate::Console;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderName, header};
