@@ -217,7 +217,7 @@ async fn the_console_shows_the_record_and_acts_on_it() {
 
 #[tokio::test]
 async fn the_console_of_a_worker_process_comes_back_when_it_is_killed() {
-    let nats = NatsServer::start(CURRENT).await.unwrap();
+    let nats = NatsServer::start(CURRENT).await;
     let node = NodeSpec::on(&nats).start().await;
     let viewer = |workers: Vec<crate::support::Worker>| {
         workers
