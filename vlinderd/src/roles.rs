@@ -23,7 +23,7 @@ use vlinder_worker::infra::InfraView;
 use vlinder_worker::{Error, WorkerCx};
 
 /// The roles that this release can run, or hold a place for.
-pub const SUPPORTED: [WorkerRole; 15] = [
+pub const SUPPORTED: [WorkerRole; 16] = [
     WorkerRole::Secret,
     WorkerRole::State,
     WorkerRole::Registry,
@@ -35,6 +35,7 @@ pub const SUPPORTED: [WorkerRole; 15] = [
     WorkerRole::InferenceOllama,
     WorkerRole::InferenceOpenrouter,
     WorkerRole::InferenceOpenai,
+    WorkerRole::InferenceAnthropic,
     WorkerRole::AgentContainer,
     WorkerRole::AgentProcess,
     WorkerRole::DagGit,
@@ -133,6 +134,16 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
                 endpoint_key: "openai.endpoint",
                 api_key: config.openai.api_key.clone(),
                 api_key_name: Some("openai.api_key"),
+            };
+            infer(cx, setup, provider).await
+        }
+        WorkerRole::InferenceAnthropic => {
+            let provider = Provider {
+                backend: Backend::Anthropic,
+                endpoint: Some(config.anthropic.endpoint.clone()),
+                endpoint_key: "anthropic.endpoint",
+                api_key: config.anthropic.api_key.clone(),
+                api_key_name: Some("anthropic.api_key"),
             };
             infer(cx, setup, provider).await
         }
