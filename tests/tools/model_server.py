@@ -173,6 +173,10 @@ class Model:
         if failures:
             raise failures[0]
 
+    def count(self, messages):
+        """Roughly how many tokens a prompt has: what a stream says before it has counted."""
+        return max(1, sum(len(str(message["content"])) for message in messages) // 4)
+
     def embed(self, texts, gone):
         """One vector for each text, and how many tokens they had together."""
         def work():
@@ -276,6 +280,8 @@ class Handler(BaseHTTPRequestHandler):
         self.chunks_sent = 0
         url = urlsplit(self.path)
         self.dialect = "openai" if url.path.startswith("/v1/") else "ollama"
+        if url.path == "/v1/messages":
+            self.dialect = "anthropic"
         try:
             body = self.read_body()
             if url.path.startswith("/__control"):
@@ -342,7 +348,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def authorize(self):
         key = self.server.options.api_key
-        if key and self.dialect == "openai" and self.headers.get("Authorization") != f"Bearer {key}":
+        given = (self.headers.get("Authorization"), self.headers.get("x-api-key"))
+        if key and self.dialect != "ollama" and f"Bearer {key}" != given[0] and key != given[1]:
             raise Refused(401, "invalid_api_key", "incorrect api key provided")
 
     def check_model(self, request):
@@ -448,6 +455,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.dialect == "openai":
             value = {"error": {"message": refused.message, "type": refused.code, "param": None, "code": refused.code}}
+        elif self.dialect == "anthropic":
+            value = {"type": "error", "error": {"type": refused.code, "message": refused.message}}
         else:
             value = {"error": refused.message}
         try:
@@ -618,6 +627,60 @@ class Handler(BaseHTTPRequestHandler):
                      for index, vector in enumerate(vectors)],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
+    # -- Anthropic --------------------------------------------------------------------------------------
+
+    def anthropic_messages(self, request):
+        if not isinstance(request.get("max_tokens"), int):
+            raise Refused(400, "invalid_request_error", "max_tokens: field required")
+        body = {"temperature": request.get("temperature", 0), "seed": 0, "max_tokens": request["max_tokens"],
+                "messages": with_system(from_anthropic_messages(request))}
+        if request.get("tools"):
+            body["tools"] = [{"type": "function", "function": {
+                "name": tool["name"], "description": tool.get("description", ""),
+                "parameters": tool["input_schema"]}} for tool in request["tools"]]
+        stream = request.get("stream") is True
+        self.call["stream"] = stream
+        total = Answer()
+        begun = []
+
+        def event(name, **value):
+            data = json.dumps({"type": name, **value})
+            self.piece(f"event: {name}\ndata: {data}\n\n".encode(), "text/event-stream")
+
+        def begin():
+            if not begun:
+                begun.append(True)
+                # What was read is not known before the end here; a real server says it at once.
+                event("message_start", message={**head, "content": [], "stop_reason": None, "usage": {
+                    "input_tokens": self.server.model.count(body["messages"]), "output_tokens": 1}})
+                event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+
+        def on_chunk(chunk):
+            text, calls = total.add(chunk)
+            if text or calls:
+                self.between_tokens()
+            if stream and text:
+                begin()
+                event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+
+        head = {"id": f"msg_{time.monotonic_ns():x}", "type": "message", "role": "assistant",
+                "model": request["model"], "stop_sequence": None}
+        self.server.model.chat(body, self.gone, on_chunk)
+        self.count(total)
+        reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(total.reason, "end_turn")
+        usage = {"input_tokens": total.tokens_in, "output_tokens": total.tokens_out}
+        if stream:
+            begin()
+            event("content_block_stop", index=0)
+            event("message_delta", delta={"stop_reason": reason, "stop_sequence": None},
+                  usage={"output_tokens": total.tokens_out})
+            event("message_stop")
+            return self.last_piece()
+        content = [{"type": "text", "text": total.text}] if total.text or not total.calls else []
+        content += [{"type": "tool_use", "id": call["id"], "name": call["function"]["name"],
+                     "input": json.loads(call["function"]["arguments"] or "{}")} for call in total.calls]
+        self.answer_json(200, {**head, "content": content, "stop_reason": reason, "usage": usage})
+
     def count(self, total):
         self.call["tokens_in"], self.call["tokens_out"] = total.tokens_in, total.tokens_out
 
@@ -685,10 +748,27 @@ ROUTES = {
     ("GET", "/v1/models"): ("openai_models", False),
     ("POST", "/v1/chat/completions"): ("openai_chat", True),
     ("POST", "/v1/embeddings"): ("openai_embeddings", True),
+    ("POST", "/v1/messages"): ("anthropic_messages", True),
 }
 
 DETAILS = {"parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"],
            "parameter_size": "134.52M", "quantization_level": "Q4_1"}
+
+
+def from_anthropic_messages(request):
+    """Messages as OpenAI's format has them; parts other than text are named, not seen."""
+    def text_of(content):
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise Refused(400, "invalid_request_error", "content: expected a string or a list")
+        return "\n".join(str(part.get("text", part.get("content", f"[{part.get('type')}]"))) for part in content)
+
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refused(400, "invalid_request_error", "messages: field required")
+    told = [{"role": "system", "content": text_of(request["system"])}] if request.get("system") else []
+    return told + [{"role": message["role"], "content": text_of(message["content"])} for message in messages]
 
 
 def iso(seconds):

@@ -32,6 +32,7 @@ pub const DRAIN_ORDER: [&[WorkerRole]; 3] = [
         WorkerRole::InferenceOllama,
         WorkerRole::InferenceOpenai,
         WorkerRole::InferenceOpenrouter,
+        WorkerRole::InferenceAnthropic,
         WorkerRole::InferenceLocal,
         WorkerRole::StorageObjectSqlite,
         WorkerRole::StorageVectorSqlite,
@@ -118,6 +119,7 @@ fn used(role: WorkerRole, config: &Config) -> serde_json::Value {
         WorkerRole::InferenceOllama => json!(config.ollama),
         WorkerRole::InferenceOpenrouter => json!(config.openrouter),
         WorkerRole::InferenceOpenai => json!(config.openai),
+        WorkerRole::InferenceAnthropic => json!(config.anthropic),
         WorkerRole::InferenceLocal => json!(config.local),
         WorkerRole::Secret
         | WorkerRole::State

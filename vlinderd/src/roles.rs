@@ -26,7 +26,7 @@ use vlinder_worker::{Error, WorkerCx};
 const SOCKET_PATH_MAX: usize = 107;
 
 /// The roles that this release can run, or hold a place for.
-pub const SUPPORTED: [WorkerRole; 15] = [
+pub const SUPPORTED: [WorkerRole; 16] = [
     WorkerRole::Secret,
     WorkerRole::State,
     WorkerRole::Registry,
@@ -38,6 +38,7 @@ pub const SUPPORTED: [WorkerRole; 15] = [
     WorkerRole::InferenceOllama,
     WorkerRole::InferenceOpenrouter,
     WorkerRole::InferenceOpenai,
+    WorkerRole::InferenceAnthropic,
     WorkerRole::AgentContainer,
     WorkerRole::AgentProcess,
     WorkerRole::DagGit,
@@ -136,6 +137,16 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
                 endpoint_key: "openai.endpoint",
                 api_key: config.openai.api_key.clone(),
                 api_key_name: Some("openai.api_key"),
+            };
+            infer(cx, setup, provider).await
+        }
+        WorkerRole::InferenceAnthropic => {
+            let provider = Provider {
+                backend: Backend::Anthropic,
+                endpoint: Some(config.anthropic.endpoint.clone()),
+                endpoint_key: "anthropic.endpoint",
+                api_key: config.anthropic.api_key.clone(),
+                api_key_name: Some("anthropic.api_key"),
             };
             infer(cx, setup, provider).await
         }

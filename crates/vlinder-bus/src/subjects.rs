@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! vlinder.v1.<ns>.invoke.<agent>.<session>.<branch>    LOG   a turn begins; the branch head
+//! vlinder.v1.<ns>.invoke.<agent>_.<session>.<branch>   LOG   the same in a session that an agent began
 //! vlinder.v1.<ns>.req.<service>.<backend>.<selector>   LOG   work for a service
 //! vlinder.v1.<ns>.res.<submission>.call | .end         LOG   answers of a turn; its end
 //! vlinder.v1.<ns>.session.<session>                    CTL   start, fork, promote
@@ -65,7 +66,8 @@ impl fmt::Display for Subject {
                 session,
                 branch,
             } => {
-                write!(f, "vlinder.v1.{ns}.invoke.{agent}.{session}.{branch}")
+                let mark = delegation_mark(session);
+                write!(f, "vlinder.v1.{ns}.invoke.{agent}{mark}.{session}.{branch}")
             }
             Self::Req {
                 ns,
@@ -102,12 +104,16 @@ impl Subject {
         }
         let ns = Namespace::new(ns).ok()?;
         match rest {
-            ["invoke", agent, session, branch] => Some(Self::Invoke {
-                ns,
-                agent: AgentName::new(agent).ok()?,
-                session: SessionId::new(session).ok()?,
-                branch: BranchName::new(branch).ok()?,
-            }),
+            ["invoke", agent, session, branch] => {
+                let session = SessionId::new(session).ok()?;
+                let agent = agent.strip_suffix(delegation_mark(&session))?;
+                Some(Self::Invoke {
+                    ns,
+                    agent: AgentName::new(agent).ok()?,
+                    session,
+                    branch: BranchName::new(branch).ok()?,
+                })
+            }
             ["req", service, backend, selector] => Some(Self::Req {
                 ns,
                 service: decode(service)?,
@@ -136,6 +142,12 @@ impl Subject {
     }
 }
 
+/// What stands behind the agent of a delegated turn. Those have a queue of their own, so that turns of
+/// clients that wait for them cannot stand before them.
+fn delegation_mark(session: &SessionId) -> &'static str {
+    if session.is_delegated() { "_" } else { "" }
+}
+
 /// Everything stored in a namespace's streams.
 pub fn all_of(ns: &Namespace) -> String {
     format!("vlinder.v1.{ns}.>")
@@ -162,14 +174,20 @@ pub fn sys_subjects() -> Vec<String> {
     vec!["vlinder.v1._sys.>".to_owned()]
 }
 
-/// All turns of an agent.
+/// All turns that agents have delegated to an agent.
+pub fn delegations_to(ns: &Namespace, agent: &AgentName) -> String {
+    format!("vlinder.v1.{ns}.invoke.{agent}_.>")
+}
+
+/// All turns that clients have asked of an agent.
 pub fn invokes_of(ns: &Namespace, agent: &AgentName) -> String {
     format!("vlinder.v1.{ns}.invoke.{agent}.>")
 }
 
 /// All turns of a session, on every branch.
 pub fn invokes_of_session(ns: &Namespace, agent: &AgentName, session: &SessionId) -> String {
-    format!("vlinder.v1.{ns}.invoke.{agent}.{session}.*")
+    let mark = delegation_mark(session);
+    format!("vlinder.v1.{ns}.invoke.{agent}{mark}.{session}.*")
 }
 
 /// All turns of a namespace.
@@ -236,6 +254,11 @@ pub fn node_signal(node: &NodeName) -> String {
 /// The durable consumer behind an agent.
 pub fn agent_queue(agent: &AgentName) -> String {
     format!("agent-{agent}")
+}
+
+/// The durable consumer behind what is delegated to an agent.
+pub fn delegation_queue(agent: &AgentName) -> String {
+    format!("delegate-{agent}")
 }
 
 /// The durable consumer behind a service's backend and selector.

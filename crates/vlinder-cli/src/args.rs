@@ -57,6 +57,9 @@ pub enum Command {
     /// Make, deploy, run and look at agents
     #[command(subcommand)]
     Agent(Agent),
+    /// Agents that belong together: make, deploy, run
+    #[command(subcommand)]
+    Fleet(Fleet),
     /// Conversations on record: look, fork, promote, verify
     #[command(subcommand)]
     Session(Session),
@@ -108,8 +111,6 @@ Example:\n  vlinder events --prefix turn. -o json"
         shell: clap_complete::Shell,
     },
     #[command(hide = true)]
-    Fleet(Later),
-    #[command(hide = true)]
     Why(Later),
 }
 
@@ -127,7 +128,7 @@ pub enum Agent {
         after_help = "Example:\n  vlinder agent new python greeter && vlinder agent deploy -p greeter --wait"
     )]
     New {
-        /// Its language; this release has python
+        /// Its language: python, go, js, ts or rust
         lang: String,
         /// Its name; also the directory that is made
         name: String,
@@ -185,9 +186,50 @@ Examples:
     Run(RunArgs),
 }
 
+#[derive(Debug, Subcommand)]
+pub enum Fleet {
+    /// Write a new fleet of two agents that works at once
+    #[command(
+        after_help = "Example:\n  vlinder fleet new support && vlinder fleet deploy -p support --wait"
+    )]
+    New {
+        /// Its name; also the directory that is made
+        name: String,
+        /// Where to make the directory
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        dir: PathBuf,
+    },
+    /// Deploy every agent of a fleet, then the fleet; a name that exists is replaced
+    Deploy {
+        /// The directory with fleet.toml
+        #[arg(short, long, value_name = "DIR", default_value = ".")]
+        path: PathBuf,
+        /// Wait until a replica of each agent is ready
+        #[arg(long)]
+        wait: bool,
+        /// How long to wait for each
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+        wait_timeout: Duration,
+    },
+    /// All fleets
+    List,
+    /// One fleet with its agents
+    Get {
+        /// Its name
+        name: String,
+    },
+    /// Forget a fleet; its agents stay deployed
+    Delete {
+        /// Its name
+        name: String,
+    },
+    /// Talk with its entry agent; the options are those of `agent run`
+    Run(RunArgs),
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Which agent
+    /// Which one
     pub name: String,
     /// What to say; - reads it from stdin
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]

@@ -75,6 +75,10 @@ in_namespace!(
     registry::GetAgentRequest,
     registry::DeleteAgentRequest,
     registry::AgentLogsRequest,
+    registry::PutFleetRequest,
+    registry::ListFleetsRequest,
+    registry::GetFleetRequest,
+    registry::DeleteFleetRequest,
     registry::ListModelsRequest,
     state::ListSessionsRequest,
     state::GetSessionRequest,
@@ -161,6 +165,14 @@ verbs! {
     get_agent: Registry, registry_client, get_agent(registry::GetAgentRequest) -> registry::Agent, Safe, Quick;
     /// Deletes an agent; its sessions stay on record.
     delete_agent: Registry, registry_client, delete_agent(registry::DeleteAgentRequest) -> registry::DeleteAgentResponse, Never, Quick;
+    /// Names agents that belong together.
+    put_fleet: Registry, registry_client, put_fleet(registry::PutFleetRequest) -> registry::Fleet, Safe, Quick;
+    /// Every fleet.
+    list_fleets: Registry, registry_client, list_fleets(registry::ListFleetsRequest) -> registry::ListFleetsResponse, Safe, Quick;
+    /// One fleet.
+    get_fleet: Registry, registry_client, get_fleet(registry::GetFleetRequest) -> registry::Fleet, Safe, Quick;
+    /// Forgets a fleet; its agents stay.
+    delete_fleet: Registry, registry_client, delete_fleet(registry::DeleteFleetRequest) -> registry::DeleteFleetResponse, Never, Quick;
     /// Models that were added or are offered.
     list_models: Registry, registry_client, list_models(registry::ListModelsRequest) -> registry::ListModelsResponse, Safe, Quick;
     /// The nodes of the cluster.

@@ -70,9 +70,8 @@ fn roles(settings: &mut Settings, supported: &[WorkerRole]) {
 }
 
 fn needs_of_roles(settings: &mut Settings, supported: &[WorkerRole]) {
-    let needs: [(WorkerRole, &[&str]); 3] = [
+    let needs: [(WorkerRole, &[&str]); 2] = [
         (WorkerRole::InferenceOpenai, &["openai.endpoint"]),
-        (WorkerRole::InferenceOpenrouter, &["openrouter.api_key"]),
         (
             WorkerRole::InferenceLocal,
             &["local.model", "local.embedding_model"],

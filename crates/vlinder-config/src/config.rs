@@ -39,6 +39,8 @@ pub struct Config {
     pub openrouter: Openrouter,
     /// The OpenAI-compatible upstream.
     pub openai: Openai,
+    /// A server that speaks Anthropic's format.
+    pub anthropic: Anthropic,
     /// Inference inside the worker.
     pub local: Local,
     /// How agents run.
@@ -179,6 +181,15 @@ pub struct Openai {
     /// The server, with the path before `/chat/completions`.
     pub endpoint: Option<Url>,
     /// Its key, if it asks for one.
+    pub api_key: Option<Secret>,
+}
+
+/// `anthropic.*`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Anthropic {
+    /// The server: the root, or the path before `/messages`.
+    pub endpoint: Url,
+    /// The account's key.
     pub api_key: Option<Secret>,
 }
 
@@ -346,6 +357,7 @@ impl Config {
             &mut masked.auth.token,
             &mut masked.openrouter.api_key,
             &mut masked.openai.api_key,
+            &mut masked.anthropic.api_key,
         ];
         for secret in secrets.into_iter().flatten() {
             *secret = Secret::masked();

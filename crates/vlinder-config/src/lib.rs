@@ -40,9 +40,9 @@ pub use addresses::{NodeAddresses, Service};
 pub use check::{TOKEN_LEN_MIN, WORKERS_PER_ROLE_MAX};
 pub use client::{AddressSource, ClientConfig};
 pub use config::{
-    Auth, Config, Distributed, ImagePolicy, Local, LogFormat, LogLevel, Logging, Node, Ollama,
-    Openai, Openrouter, Ports, Queue, QueueBackend, QueueSync, Runtime, State, StateBackend,
-    Supervisor, Workers,
+    Anthropic, Auth, Config, Distributed, ImagePolicy, Local, LogFormat, LogLevel, Logging, Node,
+    Ollama, Openai, Openrouter, Ports, Queue, QueueBackend, QueueSync, Runtime, State,
+    StateBackend, Supervisor, Workers,
 };
 pub use env::Env;
 pub use layers::{Flag, Loaded, Sources, data_dir, load};

@@ -156,6 +156,27 @@ impl SessionId {
     pub fn fresh() -> Self {
         Self(format!("s-{}", uuid::Uuid::now_v7().simple()).into())
     }
+
+    /// Whether it is the session of a delegation: begun by an agent, not by a client.
+    pub fn is_delegated(&self) -> bool {
+        self.0.starts_with(DELEGATED_PREFIX)
+    }
+}
+
+/// What the ids of delegations begin with. Clients begin no sessions that are called so.
+const DELEGATED_PREFIX: &str = "delegated-";
+/// How many hexadecimal digits follow.
+const DELEGATED_DIGITS: usize = 40;
+
+/// The turn and the session of a delegation: the same for the same call of the same turn, so that a
+/// turn that is tried again finds what it delegated.
+pub fn delegated(caller: &SubmissionId, call: &crate::CallKey) -> (SubmissionId, SessionId) {
+    let hash = crate::ContentHash::of(format!("vlinder.delegation.v1/{caller}/{call}").as_bytes());
+    let name = format!(
+        "{DELEGATED_PREFIX}{}",
+        &hash.to_string()[..DELEGATED_DIGITS]
+    );
+    (SubmissionId(name.as_str().into()), SessionId(name.into()))
 }
 
 impl SubmissionId {

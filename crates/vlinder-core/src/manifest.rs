@@ -348,6 +348,67 @@ impl AgentManifest {
     }
 }
 
+/// Most agents of one fleet.
+pub const FLEET_AGENTS_MAX: usize = 64;
+
+/// A checked `fleet.toml`: agents that belong together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FleetManifest {
+    /// Its name; called by the same rule as an agent.
+    pub name: AgentName,
+    /// The alias of the agent that clients talk to.
+    pub entry: AgentName,
+    /// Its agents by alias: what they call each other when they delegate.
+    pub agents: BTreeMap<AgentName, FleetAgent>,
+}
+
+/// `[agents.<alias>]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FleetAgent {
+    /// The directory with its `agent.toml`, seen from the one of `fleet.toml`.
+    pub path: String,
+}
+
+impl FleetManifest {
+    /// Reads and checks a manifest.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        if text.len() > MANIFEST_BYTES_MAX {
+            return Err(ManifestError(vec![format!(
+                "the manifest has {} bytes: expected at most {MANIFEST_BYTES_MAX}",
+                text.len()
+            )]));
+        }
+        let fleet: Self = toml::from_str(text)
+            .map_err(|error| ManifestError(vec![error.to_string().trim().to_owned()]))?;
+        let mut found = Vec::new();
+        if fleet.agents.is_empty() || fleet.agents.len() > FLEET_AGENTS_MAX {
+            found.push(format!(
+                "agents: expected 1 to {FLEET_AGENTS_MAX}, found {}",
+                fleet.agents.len()
+            ));
+        }
+        if !fleet.agents.contains_key(&fleet.entry) {
+            let aliases: Vec<&str> = fleet.agents.keys().map(AgentName::as_str).collect();
+            found.push(format!(
+                "entry = {:?}: expected the alias of one of its agents: {}",
+                fleet.entry.as_str(),
+                aliases.join(", ")
+            ));
+        }
+        for (alias, agent) in &fleet.agents {
+            if agent.path.trim().is_empty() || agent.path.contains('\0') {
+                found.push(format!("agents.{alias}.path: expected a directory"));
+            }
+        }
+        match found.is_empty() {
+            true => Ok(fleet),
+            false => Err(ManifestError(found)),
+        }
+    }
+}
+
 /// Where a store lives: `sqlite://path`, `nats://bucket`, `s3://bucket/prefix`, `memory://name`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreUri {
@@ -525,6 +586,32 @@ mod tests {
                 assert!(error.len() < 500, "{bad:?}: {} bytes", error.len());
                 assert!(!error.contains(char::is_control), "{bad:?}: {error:?}");
             }
+        }
+    }
+
+    #[test]
+    fn fleets_are_read_and_checked() {
+        let good =
+            "name='f'\nentry='front'\n[agents.front]\npath='a'\n[agents.back]\npath='../b'\n";
+        let fleet = FleetManifest::parse(good).unwrap();
+        assert_eq!(fleet.entry.as_str(), "front");
+        assert_eq!(fleet.agents.len(), 2);
+        for (bad, says) in [
+            ("name='f'\nentry='x'\n[agents.front]\npath='a'\n", "entry"),
+            (
+                "name='f'\nentry='a'\n[agents.a]\npath=' '\n",
+                "agents.a.path",
+            ),
+            ("name='f'\nentry='a'\n[agents]\n", "expected 1 to 64"),
+            ("name='F'\nentry='a'\n[agents.a]\npath='a'\n", "agent name"),
+            (
+                "name='f'\nentry='a'\n[agents.a]\npath='a'\nport=1\n",
+                "port",
+            ),
+            ("", "name"),
+        ] {
+            let error = FleetManifest::parse(bad).unwrap_err().to_string();
+            assert!(error.contains(says), "{bad:?}: {error}");
         }
     }
 

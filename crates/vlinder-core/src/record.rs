@@ -14,7 +14,8 @@ mod views;
 
 pub use place::Place;
 pub use views::{
-    CallResult, CallStatus, End, InfraEvent, Invoke, Outcome, Request, SessionEvent, SessionVerb,
+    CallResult, CallStatus, End, InfraEvent, Invoke, Origin, Outcome, Request, SessionEvent,
+    SessionVerb,
 };
 
 use crate::hash::{ContentHash, FrameHasher, NodeHash};

@@ -30,6 +30,8 @@ pub enum WorkerRole {
     InferenceOpenrouter,
     /// Inference through any OpenAI-compatible server.
     InferenceOpenai,
+    /// Inference through a server that speaks Anthropic's format.
+    InferenceAnthropic,
     /// Inference inside the worker.
     InferenceLocal,
     /// Key-value storage with versions, in SQLite.
@@ -44,7 +46,7 @@ pub enum WorkerRole {
 
 impl WorkerRole {
     /// Every role, in the order in which a node starts them.
-    pub const ALL: [WorkerRole; 17] = [
+    pub const ALL: [WorkerRole; 18] = [
         Self::Secret,
         Self::State,
         Self::Registry,
@@ -56,6 +58,7 @@ impl WorkerRole {
         Self::InferenceOllama,
         Self::InferenceOpenrouter,
         Self::InferenceOpenai,
+        Self::InferenceAnthropic,
         Self::InferenceLocal,
         Self::AgentContainer,
         Self::AgentProcess,
@@ -79,6 +82,7 @@ impl WorkerRole {
             Self::InferenceOllama => "inference.ollama",
             Self::InferenceOpenrouter => "inference.openrouter",
             Self::InferenceOpenai => "inference.openai",
+            Self::InferenceAnthropic => "inference.anthropic",
             Self::InferenceLocal => "inference.local",
             Self::StorageObjectSqlite => "storage.object.sqlite",
             Self::StorageVectorSqlite => "storage.vector.sqlite",

@@ -280,7 +280,7 @@ fn selectors(backend: Backend, models: &[OfferedModel]) -> BTreeSet<Selector> {
     for model in models {
         let alias = match backend {
             Backend::Ollama => model.name.strip_suffix(":latest"),
-            Backend::Openai | Backend::Openrouter => None,
+            Backend::Openai | Backend::Openrouter | Backend::Anthropic => None,
         };
         let names = [Some(model.name.as_str()), alias].into_iter().flatten();
         selectors.extend(names.filter_map(|name| Selector::new(name).ok()));

@@ -1,5 +1,5 @@
-//! The workers `inference.ollama`, `inference.openai` and `inference.openrouter`: they offer the
-//! models of one upstream to the cluster and forward calls to it.
+//! The workers `inference.ollama`, `inference.openai`, `inference.openrouter` and
+//! `inference.anthropic`: they offer the models of one upstream to the cluster and forward calls to it.
 //!
 //! * `discovery` asks the upstream which models it has, tells the cluster, and pulls the work of
 //!   those models and of no others; while the upstream is away it pulls nothing, so that the work
@@ -48,6 +48,8 @@ pub enum Backend {
     Openai,
     /// OpenRouter: OpenAI's format behind another address.
     Openrouter,
+    /// Anthropic's own format.
+    Anthropic,
 }
 
 impl Backend {
@@ -57,6 +59,7 @@ impl Backend {
             Self::Ollama => "ollama",
             Self::Openai => "openai",
             Self::Openrouter => "openrouter",
+            Self::Anthropic => "anthropic",
         }
     }
 
@@ -66,6 +69,7 @@ impl Backend {
             Self::Ollama => "Ollama",
             Self::Openai => "OpenAI-compatible server",
             Self::Openrouter => "OpenRouter",
+            Self::Anthropic => "Anthropic-compatible server",
         }
     }
 }
@@ -111,9 +115,10 @@ impl From<watch::Receiver<Option<String>>> for ApiKey {
 pub struct Options {
     /// The kind of upstream.
     pub backend: Backend,
-    /// Where it is: for Ollama the root of the server, else the path before `/chat/completions`.
+    /// Where it is: for Ollama the root of the server, else the path before `/chat/completions` or
+    /// `/messages`.
     pub endpoint: Url,
-    /// Sent as `Authorization: Bearer …`; a new one is in use from the next request on.
+    /// Sent as `Authorization: Bearer …`, to Anthropic as `x-api-key`; a new one is in use from the next request on.
     pub api_key: ApiKey,
     /// Calls at the upstream at once.
     pub slots: usize,

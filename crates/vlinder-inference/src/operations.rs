@@ -18,11 +18,14 @@ const OPENAI: [&str; 4] = [
     "v1/responses",
 ];
 
+const ANTHROPIC: [&str; 1] = ["v1/messages"];
+
 /// What `backend` serves.
 pub fn of(backend: Backend) -> &'static [&'static str] {
     match backend {
         Backend::Ollama => &OLLAMA,
         Backend::Openai | Backend::Openrouter => &OPENAI,
+        Backend::Anthropic => &ANTHROPIC,
     }
 }
 
@@ -53,5 +56,8 @@ mod tests {
             assert!(!known(Backend::Openai, hostile), "{hostile}");
         }
         assert!(!known(Backend::Openai, "api/chat"));
+        assert!(!known(Backend::Openai, "v1/messages"));
+        assert!(known(Backend::Anthropic, "v1/messages"));
+        assert!(!known(Backend::Anthropic, "v1/chat/completions"));
     }
 }

@@ -20,7 +20,7 @@ const HTTP_DATE: &[BorrowedFormatItem<'_>] = format_description!(
 
 /// Whether the same call may succeed a little later (RFC 9110 §15.6, RFC 6585 §4).
 pub fn is_transient(status: u16) -> bool {
-    matches!(status, 429 | 500 | 502 | 503 | 504)
+    matches!(status, 429 | 500 | 502 | 503 | 504 | 529)
 }
 
 /// What `Retry-After` asks for: seconds, or a date seen from `now_ms` (milliseconds since the Unix

@@ -5,7 +5,7 @@
 
 use crate::{ApiKey, Backend, Options};
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Client, Url};
 use serde::Deserialize;
 use std::error::Error as _;
@@ -20,6 +20,8 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(3);
 const LIST_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Most models of one upstream; more are left out with a warning.
 pub const MODELS_MAX: usize = 4096;
+/// The version of Anthropic's format that agents speak here; every client of theirs sends this one.
+const ANTHROPIC_VERSION: &str = "2023-06-01";
 /// Idle connections that are kept for the next call.
 const IDLE_CONNECTIONS_MAX: usize = 8;
 
@@ -79,7 +81,7 @@ impl Upstream {
             reason,
         };
         let key = options.api_key.now();
-        key_headers(key.as_deref()).map_err(|reason| failed(reason.to_owned()))?;
+        key_headers(options.backend, key.as_deref()).map_err(|reason| failed(reason.to_owned()))?;
         let mut builder = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -127,7 +129,7 @@ impl Upstream {
     async fn list_slowly(&self) -> Result<Vec<OfferedModel>, Error> {
         let path = match self.backend {
             Backend::Ollama => "api/tags",
-            Backend::Openai | Backend::Openrouter => "v1/models",
+            Backend::Openai | Backend::Openrouter | Backend::Anthropic => "v1/models",
         };
         let sent = self
             .client
@@ -183,7 +185,7 @@ impl Upstream {
 
     /// The credential as it is now.
     fn key_headers(&self) -> Result<HeaderMap, Error> {
-        key_headers(self.api_key.now().as_deref()).map_err(|reason| Error::Client {
+        key_headers(self.backend, self.api_key.now().as_deref()).map_err(|reason| Error::Client {
             endpoint: self.shown(),
             reason: reason.to_owned(),
         })
@@ -214,13 +216,23 @@ impl Upstream {
     }
 }
 
-fn key_headers(key: Option<&str>) -> Result<HeaderMap, &'static str> {
+fn key_headers(backend: Backend, key: Option<&str>) -> Result<HeaderMap, &'static str> {
     let mut headers = HeaderMap::new();
+    if backend == Backend::Anthropic {
+        let version = HeaderValue::from_static(ANTHROPIC_VERSION);
+        headers.insert("anthropic-version", version);
+    }
     if let Some(key) = key {
-        let mut value = HeaderValue::from_str(&format!("Bearer {key}"))
+        let (name, text) = match backend {
+            Backend::Anthropic => (HeaderName::from_static("x-api-key"), key.to_owned()),
+            Backend::Ollama | Backend::Openai | Backend::Openrouter => {
+                (AUTHORIZATION, format!("Bearer {key}"))
+            }
+        };
+        let mut value = HeaderValue::from_str(&text)
             .map_err(|_| "the key has characters that no header can carry")?;
         value.set_sensitive(true);
-        headers.insert(AUTHORIZATION, value);
+        headers.insert(name, value);
     }
     Ok(headers)
 }
@@ -236,7 +248,9 @@ fn address(backend: Backend, endpoint: &Url, operation: &str) -> Url {
     };
     let mut address = endpoint.clone();
     address.set_path(&format!("{base}/{below}"));
-    address.set_query(None);
+    // A page of theirs has 20 unless asked for more.
+    let is_paged = backend == Backend::Anthropic && operation == "v1/models";
+    address.set_query(is_paged.then_some("limit=1000"));
     address.set_fragment(None);
     address
 }
@@ -304,7 +318,7 @@ fn models_in(backend: Backend, body: &[u8]) -> Result<Vec<OfferedModel>, String>
             };
             tags.models.into_iter().map(offered).collect()
         }
-        Backend::Openai | Backend::Openrouter => {
+        Backend::Openai | Backend::Openrouter | Backend::Anthropic => {
             let models: Models = serde_json::from_slice(body).map_err(unreadable)?;
             let offered = |model: ModelId| OfferedModel {
                 name: model.id,
@@ -337,7 +351,7 @@ mod tests {
             let address = address(backend, &endpoint.parse().unwrap(), operation);
             assert_eq!(address.as_str(), expected);
         };
-        use Backend::{Ollama, Openai, Openrouter};
+        use Backend::{Anthropic, Ollama, Openai, Openrouter};
         check(Ollama, "http://h:1", "api/chat", "http://h:1/api/chat");
         check(
             Ollama,
@@ -354,6 +368,18 @@ mod tests {
             "http://h:1/v1/models",
         );
         check(Openai, "http://h:1", "v1/models", "http://h:1/v1/models");
+        check(
+            Anthropic,
+            "https://api.anthropic.com",
+            "v1/messages",
+            "https://api.anthropic.com/v1/messages",
+        );
+        check(
+            Anthropic,
+            "http://h:1/v1",
+            "v1/models",
+            "http://h:1/v1/models?limit=1000",
+        );
         check(
             Openrouter,
             "https://openrouter.ai/api/v1",

@@ -23,14 +23,17 @@ impl Usage {
     }
 }
 
-/// What the known formats say, side by side: Ollama on top, OpenAI's chat and responses in `usage`,
-/// the last event of a responses stream one level deeper.
+/// What the known formats say, side by side: Ollama on top, OpenAI's chat and responses and Anthropic's
+/// messages in `usage`, the last event of a responses stream and the first of a messages stream one
+/// level deeper.
 #[derive(Deserialize)]
 struct Said {
     prompt_eval_count: Option<u64>,
     eval_count: Option<u64>,
     usage: Option<SaidUsage>,
     response: Option<SaidInside>,
+    /// Of the first event of a messages stream; in Ollama's chat it has no usage.
+    message: Option<SaidInside>,
 }
 
 #[derive(Deserialize)]
@@ -48,12 +51,22 @@ struct SaidUsage {
     completion_tokens: Option<u64>,
     input_tokens: Option<u64>,
     output_tokens: Option<u64>,
+    /// Anthropic counts what came from its cache, or went there, apart.
+    cache_creation_input_tokens: Option<u64>,
+    cache_read_input_tokens: Option<u64>,
 }
 
 impl From<SaidUsage> for Usage {
     fn from(said: SaidUsage) -> Self {
         Self {
-            tokens_in: said.prompt_tokens.or(said.input_tokens),
+            tokens_in: said.prompt_tokens.or_else(|| {
+                let cached = [
+                    said.cache_creation_input_tokens,
+                    said.cache_read_input_tokens,
+                ];
+                let cached = cached.into_iter().flatten();
+                Some(cached.fold(said.input_tokens?, u64::saturating_add))
+            }),
             tokens_out: said.completion_tokens.or(said.output_tokens),
         }
     }
@@ -78,10 +91,11 @@ pub async fn of(body: &Bytes, is_stream: bool) -> Usage {
 
 fn of_json(body: &[u8]) -> Option<Usage> {
     let said: Said = serde_json::from_slice(body).ok()?;
-    let inside = match said.response {
+    let inside = |said: Option<SaidInside>| match said {
         Some(SaidInside::Object { usage }) => usage,
         Some(SaidInside::Other(_)) | None => None,
     };
+    let inside = inside(said.response).or_else(|| inside(said.message));
     if let Some(usage) = said.usage.or(inside) {
         return Usage::from(usage).found();
     }
@@ -100,10 +114,24 @@ fn of_stream(body: &[u8]) -> Usage {
         line.strip_prefix(b"data:").unwrap_or(line).trim_ascii()
     });
     let objects = payloads.filter(|payload| payload.first() == Some(&b'{'));
-    objects
-        .take(LINES_MAX)
-        .find_map(of_json)
-        .unwrap_or_default()
+    let last = objects.take(LINES_MAX).find_map(of_json);
+    match last {
+        // Anthropic says at the beginning what it has read, and at the end what it has written.
+        Some(Usage {
+            tokens_in: None,
+            tokens_out,
+        }) => Usage {
+            tokens_in: of_first_event(body).and_then(|usage| usage.tokens_in),
+            tokens_out,
+        },
+        found => found.unwrap_or_default(),
+    }
+}
+
+fn of_first_event(body: &[u8]) -> Option<Usage> {
+    let lines = body.split(|byte| *byte == b'\n').take(LINES_MAX);
+    let mut payloads = lines.filter_map(|line| line.trim_ascii().strip_prefix(b"data:"));
+    payloads.find_map(|payload| of_json(payload.trim_ascii()))
 }
 
 #[cfg(test)]
@@ -160,6 +188,18 @@ mod tests {
         check(
             "event: response.completed\ndata: {\"response\":{\"usage\":{\"input_tokens\":3,\"output_tokens\":4}}}\n\n",
             true,
+            Some((3, Some(4))),
+        )
+        .await;
+        check(
+            "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":2,\"cache_read_input_tokens\":5,\"output_tokens\":1}}}\n\nevent: message_delta\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":9}}\n\nevent: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+            true,
+            Some((7, Some(9))),
+        )
+        .await;
+        check(
+            r#"{"type":"message","usage":{"input_tokens":3,"output_tokens":4}}"#,
+            false,
             Some((3, Some(4))),
         )
         .await;

@@ -35,7 +35,7 @@ pub(crate) struct Shared {
 pub(crate) struct Agent {
     pub shared: Arc<Shared>,
     pub name: AgentName,
-    pub pool: Pool,
+    pub pool: Arc<Pool>,
     /// Cancelled when the agent is no longer deployed.
     pub deleted: CancellationToken,
 }

@@ -476,7 +476,7 @@ impl Fleet {
         let agent = Arc::new(Agent {
             shared: self.shared.clone(),
             name: name.clone(),
-            pool: Pool::new(),
+            pool: Arc::new(Pool::new()),
             deleted: CancellationToken::new(),
         });
         let mut cx = self.shared.cx.clone();
@@ -488,11 +488,20 @@ impl Fleet {
             filter: subjects::invokes_of(&cx.ns, &name),
             from_start: true,
         };
+        let delegations = QueueSpec {
+            name: subjects::delegation_queue(&name),
+            filter: subjects::delegations_to(&cx.ns, &name),
+            ..spec.clone()
+        };
         let handler = Arc::new(TurnHandler(agent.clone()));
         let slots = agent.pool.slots().clone();
+        let delegated = agent.pool.delegated_slots().clone();
         self.queues.spawn(async move {
-            let outcome = serve_queue_in(&cx, spec, slots, handler).await;
-            (name, outcome)
+            let outcome = tokio::try_join!(
+                serve_queue_in(&cx, spec, slots, handler.clone()),
+                serve_queue_in(&cx, delegations, delegated, handler),
+            );
+            (name, outcome.map(|_| ()))
         });
         Running {
             agent,

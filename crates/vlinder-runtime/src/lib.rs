@@ -25,6 +25,7 @@ pub mod process;
 mod queues;
 mod replica;
 pub mod secrets;
+mod surge;
 mod turn;
 
 use agent::Shared;

@@ -244,6 +244,15 @@ async fn tell_if_slow(
     std::future::pending().await
 }
 
+/// Starts an instance that no claim stands for.
+pub(crate) async fn start_one(
+    shared: &Arc<Shared>,
+    index: u32,
+    deployment: &Arc<Deployment>,
+) -> Result<(Arc<Replica>, Box<dyn Instance>), String> {
+    start(shared, index, deployment, &watch::Sender::default()).await
+}
+
 fn with_last_lines(shared: &Shared, spec: &LaunchSpec, why: &str) -> String {
     let lines = shared.launcher.last_lines(spec);
     if lines.is_empty() {

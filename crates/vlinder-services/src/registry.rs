@@ -5,6 +5,7 @@
 //! confirmed before it, so replicas on several nodes agree.
 
 mod describe;
+mod fleets;
 mod logs;
 
 use crate::status;
@@ -128,7 +129,12 @@ impl RegistryService {
             filter: subjects::invokes_of(ns, &manifest.name),
             from_start: true,
         };
-        let mut queues = vec![agent];
+        let delegations = QueueSpec {
+            name: subjects::delegation_queue(&manifest.name),
+            filter: subjects::delegations_to(ns, &manifest.name),
+            ..agent.clone()
+        };
+        let mut queues = vec![agent, delegations];
         for (service, store) in [
             ("kv", manifest.object_store()),
             ("vec", manifest.vector_store()),
@@ -348,6 +354,40 @@ impl Registry for RegistryService {
         let version = entry.number;
         self.set(AGENT, name.as_str(), None).await?;
         Ok(Response::new(proto::DeleteAgentResponse { version }))
+    }
+
+    async fn put_fleet(
+        &self,
+        request: Request<proto::PutFleetRequest>,
+    ) -> Result<Response<proto::Fleet>, Status> {
+        self.put(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_fleets(
+        &self,
+        request: Request<proto::ListFleetsRequest>,
+    ) -> Result<Response<proto::ListFleetsResponse>, Status> {
+        let fleets = self.fleets(&request.into_inner().namespace).await?;
+        Ok(Response::new(proto::ListFleetsResponse { fleets }))
+    }
+
+    async fn get_fleet(
+        &self,
+        request: Request<proto::GetFleetRequest>,
+    ) -> Result<Response<proto::Fleet>, Status> {
+        let request = request.into_inner();
+        let found = self.fresh_fleet(&request.namespace, &request.name).await;
+        found.map(Response::new)
+    }
+
+    async fn delete_fleet(
+        &self,
+        request: Request<proto::DeleteFleetRequest>,
+    ) -> Result<Response<proto::DeleteFleetResponse>, Status> {
+        let request = request.into_inner();
+        let deleted = self.delete_fleet_named(&request.namespace, &request.name);
+        let version = deleted.await?;
+        Ok(Response::new(proto::DeleteFleetResponse { version }))
     }
 
     async fn agent_logs(

@@ -21,6 +21,8 @@ pub const AGENT: &str = "agent";
 pub const MODEL: &str = "model";
 /// Event kind: live worker counts of a node, body `{role: count}`; name = the node.
 pub const SCALE: &str = "scale";
+/// Event kind: a fleet, body `{entry: alias, agents: {alias: agent}}`.
+pub const FLEET: &str = "fleet";
 /// Event kind: a secret; body is ciphertext.
 pub const SECRET: &str = "secret";
 

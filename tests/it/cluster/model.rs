@@ -88,7 +88,12 @@ impl Model {
 
     /// The next call is answered with so many milliseconds between two tokens.
     pub async fn slow_once(&self, token_delay_ms: u64) {
-        let fault = json!({ "kind": "tokens", "token_delay_ms": token_delay_ms });
+        self.fault(json!({ "kind": "tokens", "token_delay_ms": token_delay_ms }))
+            .await;
+    }
+
+    /// The next calls meet this fault.
+    pub async fn fault(&self, fault: Value) {
         let order = json!({ "reset": true, "faults": [fault] });
         let url = format!("{}/__control", self.url);
         let said = self.http.post(url).body(order.to_string()).send().await;

@@ -62,6 +62,7 @@ fn invoke(turn: &str, input: &str, last: u64) -> Message {
         previous: None,
         state: None,
         timeout_ms: 1000,
+        origin: None,
     };
     let node = invoke.to_node(vec![NodeHash::from_bytes([2; 32])], input.as_bytes());
     let mut message =

@@ -63,6 +63,23 @@ pub fn new(out: &Out, lang: &str, name: &str, parent: &Path) -> Result<(), Error
 }
 
 async fn deploy(cx: &Cx<'_>, path: &Path, wait: Option<Duration>) -> Result<(), Error> {
+    let agent = deploy_one(cx, path, wait).await?;
+    let mut sentence = format!(
+        "{} version {} is {}",
+        agent.name, agent.version, agent.status
+    );
+    if !agent.reason.is_empty() {
+        sentence.push_str(&format!(": {}", agent.reason));
+    }
+    cx.out.done(json::agent(&agent), &sentence)
+}
+
+/// Deploys the agent of a directory and waits until it is ready, if asked to.
+pub async fn deploy_one(
+    cx: &Cx<'_>,
+    path: &Path,
+    wait: Option<Duration>,
+) -> Result<proto::Agent, Error> {
     let (text, manifest) = read_manifest(path)?;
     let agent = if manifest.runtime == RuntimeKind::Process {
         let bundle = pack::pack(path)?;
@@ -78,33 +95,35 @@ async fn deploy(cx: &Cx<'_>, path: &Path, wait: Option<Duration>) -> Result<(), 
     } else {
         cx.client.deploy_agent(&text, None, "").await?
     };
-    let agent = match wait {
-        None => agent,
+    match wait {
+        None => Ok(agent),
         Some(limit) => {
             cx.out.note(&format!(
                 "deployed {} version {}",
                 agent.name, agent.version
             ));
-            wait_until_ready(cx, agent, limit).await?
+            wait_until_ready(cx, agent, limit).await
         }
-    };
-    let mut sentence = format!(
-        "{} version {} is {}",
-        agent.name, agent.version, agent.status
-    );
-    if !agent.reason.is_empty() {
-        sentence.push_str(&format!(": {}", agent.reason));
     }
-    cx.out.done(json::agent(&agent), &sentence)
 }
 
-fn read_manifest(dir: &Path) -> Result<(String, AgentManifest), Error> {
-    let path = dir.join("agent.toml");
+/// The manifest of the agent in a directory: its text, and what it says.
+pub fn read_manifest(dir: &Path) -> Result<(String, AgentManifest), Error> {
+    let text = read_toml(
+        &dir.join("agent.toml"),
+        "`vlinder agent new python NAME` makes an agent, -p names its directory",
+    )?;
+    let shown = dir.join("agent.toml");
+    let manifest = AgentManifest::parse(&text)
+        .map_err(|error| Error::Usage(format!("{}: {error}", shown.display())))?;
+    Ok((text, manifest))
+}
+
+/// The text of a manifest; `hint` says what to do where there is none.
+pub fn read_toml(path: &Path, hint: &str) -> Result<String, Error> {
     let shown = path.display();
-    let meta = std::fs::metadata(&path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::Usage(format!(
-            "{shown} does not exist; `vlinder agent new python NAME` makes an agent, -p names its directory"
-        )),
+    let meta = std::fs::metadata(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Error::Usage(format!("{shown} does not exist; {hint}")),
         _ => Error::io(format!("cannot read {shown}"))(error),
     })?;
     if meta.len() > MANIFEST_BYTES_MAX as u64 {
@@ -113,10 +132,7 @@ fn read_manifest(dir: &Path) -> Result<(String, AgentManifest), Error> {
             meta.len()
         )));
     }
-    let text = std::fs::read_to_string(&path).map_err(Error::io(format!("cannot read {shown}")))?;
-    let manifest =
-        AgentManifest::parse(&text).map_err(|error| Error::Usage(format!("{shown}: {error}")))?;
-    Ok((text, manifest))
+    std::fs::read_to_string(path).map_err(Error::io(format!("cannot read {shown}")))
 }
 
 async fn wait_until_ready(

@@ -3,6 +3,7 @@
 mod agent;
 mod bench;
 mod events;
+mod fleet;
 mod logs;
 mod model;
 mod queue;
@@ -14,7 +15,7 @@ mod status;
 mod turn;
 mod worker;
 
-use crate::args::{Agent, Cli, Command, Global, Model, Node, Session};
+use crate::args::{Agent, Cli, Command, Fleet, Global, Model, Node, Session};
 use crate::error::Error;
 use crate::out::Out;
 use clap::CommandFactory;
@@ -76,11 +77,13 @@ pub async fn run(cli: Cli, env: &Env, out: &Out) -> Result<(), Error> {
         Command::Agent(Agent::New { lang, name, dir }) => {
             return agent::new(out, &lang, &name, &dir);
         }
+        Command::Fleet(Fleet::New { name, dir }) => return fleet::new(out, &name, &dir),
         _ => {}
     }
     let cx = Cx::connect(&cli.global, env, out)?;
     match cli.command {
         Command::Agent(command) => agent::run(&cx, command).await,
+        Command::Fleet(command) => fleet::run(&cx, command).await,
         Command::Session(command) => session::run(&cx, command).await,
         Command::Turn(command) => turn::run(&cx, command).await,
         Command::Worker(command) => worker::run(&cx, command).await,
@@ -93,14 +96,13 @@ pub async fn run(cli: Cli, env: &Env, out: &Out) -> Result<(), Error> {
         Command::Events { prefix } => events::run(&cx, prefix).await,
         Command::Bench { hops, in_flight } => bench::run(&cx, hops, in_flight).await,
         // Answered above.
-        Command::Completions { .. } | Command::Fleet(_) | Command::Why(_) => Ok(()),
+        Command::Completions { .. } | Command::Why(_) => Ok(()),
     }
 }
 
 /// The name of a command that this release does not have yet.
 fn later(command: &Command) -> Option<&'static str> {
     Some(match command {
-        Command::Fleet(_) => "fleet",
         Command::Why(_) => "why",
         Command::Session(Session::Diff(_)) => "session diff",
         Command::Session(Session::Replay(_)) => "session replay",

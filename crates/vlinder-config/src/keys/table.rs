@@ -334,13 +334,19 @@ pub(crate) static KEYS: &[Key] = &[
         "distributed.workers.inference.openrouter",
         COUNT,
         "0",
-        "How many workers do inference through OpenRouter; needs openrouter.api_key.",
+        "How many workers do inference through OpenRouter; they need openrouter.api_key, or the secret of that name.",
     ),
     is(
         "distributed.workers.inference.openai",
         COUNT,
         "0",
         "How many workers do inference through openai.endpoint, which they need.",
+    ),
+    is(
+        "distributed.workers.inference.anthropic",
+        COUNT,
+        "0",
+        "How many workers do inference through anthropic.endpoint; they need anthropic.api_key, or the secret of that name.",
     ),
     is(
         "distributed.workers.inference.local",
@@ -383,7 +389,7 @@ pub(crate) static KEYS: &[Key] = &[
         "openrouter.api_key",
         Kind::Secret,
         "${OPENROUTER_API_KEY}",
-        "The key of the OpenRouter account.",
+        "The key of the OpenRouter account; where it is not set, the secret openrouter.api_key.",
     ),
     unset(
         "openai.endpoint",
@@ -395,7 +401,19 @@ pub(crate) static KEYS: &[Key] = &[
         "openai.api_key",
         Kind::Secret,
         "${OPENAI_API_KEY}",
-        "Its key, if it asks for one.",
+        "Its key, if it asks for one; where it is not set, the secret openai.api_key.",
+    ),
+    is(
+        "anthropic.endpoint",
+        Kind::Url,
+        "https://api.anthropic.com",
+        "Anthropic, or any server that speaks its format.",
+    ),
+    unset(
+        "anthropic.api_key",
+        Kind::Secret,
+        "${ANTHROPIC_API_KEY}",
+        "Its key; where it is not set, the secret anthropic.api_key.",
     ),
     unset(
         "local.model",

@@ -22,6 +22,7 @@ fn nothing_configured_is_embedded() {
             WorkerRole::AgentLambda,
             WorkerRole::InferenceOpenrouter,
             WorkerRole::InferenceOpenai,
+            WorkerRole::InferenceAnthropic,
             WorkerRole::InferenceLocal,
         ];
         assert_eq!(

@@ -183,10 +183,6 @@ fn rules_across_keys() {
             "1: distributed.workers.inference.openai",
         ),
         (
-            "distributed.workers.inference.openrouter = 1",
-            "1: distributed.workers.inference",
-        ),
-        (
             "distributed.workers.inference.local = 1",
             "1: distributed.workers.inference.local",
         ),

@@ -28,9 +28,35 @@ pub struct Invoke {
     pub state: Option<StateRoot>,
     /// How long the turn may take from the moment it was stored, in milliseconds.
     pub timeout_ms: u64,
+    /// Who delegated it, if an agent did.
+    pub origin: Option<Origin>,
+}
+
+/// Where a delegated turn comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The turn that delegated it. When that ends without a reply, so does this.
+    pub caller: SubmissionId,
+    /// The turn that a client asked for, at the beginning of all.
+    pub trace: SubmissionId,
+    /// How many delegations lead from there to here, from 1.
+    pub depth: u32,
 }
 
 impl Invoke {
+    /// The turn that a client asked for: this one, or the one that it was delegated for.
+    pub fn trace(&self) -> &SubmissionId {
+        match &self.origin {
+            Some(origin) => &origin.trace,
+            None => &self.submission,
+        }
+    }
+
+    /// How many delegations lead here from what a client asked for.
+    pub fn depth(&self) -> u32 {
+        self.origin.as_ref().map_or(0, |origin| origin.depth)
+    }
+
     /// The node, with the end before it (or the session event) as parent.
     pub fn to_node(&self, parents: Vec<NodeHash>, input: &[u8]) -> Node {
         Node::new(Kind::Invoke, parents, input)
@@ -43,6 +69,9 @@ impl Invoke {
             .with_some("previous", self.previous.as_ref())
             .with_some("state", self.state)
             .with("timeout_ms", self.timeout_ms)
+            .with_some("caller", self.origin.as_ref().map(|origin| &origin.caller))
+            .with_some("trace", self.origin.as_ref().map(|origin| &origin.trace))
+            .with_some("depth", self.origin.as_ref().map(|origin| origin.depth))
     }
 }
 
@@ -50,6 +79,14 @@ impl TryFrom<&Node> for Invoke {
     type Error = DecodeError;
     fn try_from(node: &Node) -> Result<Self, DecodeError> {
         node.expect_kind(Kind::Invoke)?;
+        let origin = match node.parse_some("caller")? {
+            Some(caller) => Some(Origin {
+                caller,
+                trace: node.parse("trace")?,
+                depth: node.parse("depth")?,
+            }),
+            None => None,
+        };
         Ok(Self {
             namespace: node.parse("namespace")?,
             agent: node.parse("agent")?,
@@ -60,6 +97,7 @@ impl TryFrom<&Node> for Invoke {
             previous: node.parse_some("previous")?,
             state: node.parse_some("state")?,
             timeout_ms: node.parse("timeout_ms")?,
+            origin,
         })
     }
 }
@@ -463,6 +501,7 @@ mod tests {
             previous: Some(SubmissionId::new("t-0").unwrap()),
             state: Some(StateRoot::from_bytes([9; 32])),
             timeout_ms: 60_000,
+            origin: None,
         };
         let node = invoke.to_node(vec![], b"hello");
         assert_eq!(Invoke::try_from(&node), Ok(invoke));

@@ -8,16 +8,17 @@
 //! Message ids make a repeated request harmless: to a store it is the request's own hash, to a model
 //! the call key, so that a resumed turn does not pay twice.
 
+use super::delegate::{self, Delegation};
 use crate::agent::Shared;
 use crate::turn::answers::Answered;
 use crate::turn::invocation::{Invocation, NotNow};
 use bytes::Bytes;
 use std::sync::Arc;
 use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY};
-use vlinder_bus::{Message, Subject};
+use vlinder_bus::{Appended, Message, Subject};
 use vlinder_core::hash::call_key;
 use vlinder_core::record::Request;
-use vlinder_core::{CallKey, Node, NodeHash, Selector};
+use vlinder_core::{CallKey, Node, NodeHash, Selector, SubmissionId};
 use vlinder_worker::Answer;
 use vlinder_worker::service::call_subject;
 
@@ -30,6 +31,10 @@ pub(crate) enum Answerer {
     Model,
     /// The bridge itself, with this.
     Bridge(Answer),
+    /// The bridge itself: gives work to another agent.
+    Delegation(Arc<Delegation>),
+    /// The bridge itself, when what was delegated has ended.
+    End(SubmissionId),
 }
 
 /// What an agent wants.
@@ -73,7 +78,7 @@ impl From<NotNow> for CallError {
 pub(crate) struct Prepared {
     pub key: CallKey,
     node: Node,
-    hash: NodeHash,
+    pub hash: NodeHash,
     parents: Vec<NodeHash>,
 }
 
@@ -223,7 +228,7 @@ async fn send(
     prepared: &Prepared,
 ) -> Result<(), CallError> {
     let cx = &shared.cx;
-    if !matches!(ask.answerer, Answerer::Bridge(_)) {
+    if matches!(ask.answerer, Answerer::Store { .. } | Answerer::Model) {
         let queues = &shared.queues;
         queues
             .ensure(cx, ask.service, &ask.backend, &ask.selector)
@@ -243,7 +248,16 @@ async fn send(
         message.id = format!("request:{submission}:{}", prepared.key);
     }
     append(shared, invocation, message).await?;
-    if let Answerer::Bridge(answer) = &ask.answerer {
+    let answer = match &ask.answerer {
+        Answerer::Store { .. } | Answerer::Model => None,
+        Answerer::Bridge(answer) => Some(answer.clone()),
+        Answerer::Delegation(delegation) => {
+            let begun = delegation.begin(shared, invocation, prepared).await;
+            Some(begun?)
+        }
+        Answerer::End(handle) => Some(delegate::end_of(shared, invocation, handle).await?),
+    };
+    if let Some(answer) = answer {
         let result = vlinder_core::record::CallResult {
             submission: submission.clone(),
             key: prepared.key,
@@ -271,9 +285,18 @@ async fn append(
     invocation: &Invocation,
     message: Message,
 ) -> Result<(), CallError> {
+    try_append(shared, invocation, message).await.map(|_| ())
+}
+
+/// The same; tells where it stands.
+pub(crate) async fn try_append(
+    shared: &Shared,
+    invocation: &Invocation,
+    message: Message,
+) -> Result<Appended, CallError> {
     loop {
         match shared.cx.bus.append(message.clone()).await {
-            Ok(_) => return Ok(()),
+            Ok(appended) => return Ok(appended),
             Err(error)
                 if error.is_retryable()
                     && tokio::time::Instant::now() < invocation.turn.deadline =>

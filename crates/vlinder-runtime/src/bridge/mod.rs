@@ -7,6 +7,7 @@
 
 mod call;
 mod callers;
+mod delegate;
 mod listing;
 mod reply;
 mod route;
@@ -14,6 +15,7 @@ mod secret;
 mod stream;
 
 pub(crate) use callers::{Admitted, Caller, Callers};
+pub(crate) use delegate::DEPTH_MAX;
 
 use crate::BODY_UNIT_BYTES;
 use crate::agent::Shared;
@@ -300,6 +302,10 @@ async fn perform(shared: Arc<Shared>, allowed: Allowed, body: Bytes) -> Reply {
     } = allowed;
     let ask = match target {
         Target::Progress => return progress(&shared, &invocation, &body).await,
+        Target::Delegate => {
+            return delegate::delegate(&shared, &invocation, &body, label).await;
+        }
+        Target::Wait => return delegate::wait(&shared, &invocation, &body, label).await,
         Target::Secret => {
             let manifest = caller.deployment.manifest();
             return secret::perform(&shared, &invocation, manifest, &body, label).await;

@@ -69,6 +69,10 @@ pub(crate) enum Target {
     Progress,
     /// Reads a secret.
     Secret,
+    /// Gives work to another agent.
+    Delegate,
+    /// Waits for what was delegated.
+    Wait,
 }
 
 /// Why a call has no target.
@@ -101,7 +105,8 @@ pub(crate) fn target(
         "anthropic" => model(manifest, "anthropic", method, call),
         "runtime" => match call {
             "progress" => posted(method).map(|()| Target::Progress),
-            "delegate" | "wait" => Err(Refusal::NotBuilt("delegation between agents")),
+            "delegate" => posted(method).map(|()| Target::Delegate),
+            "wait" => posted(method).map(|()| Target::Wait),
             "secret" => posted(method).map(|()| Target::Secret),
             _ => Err(Refusal::UnknownCall),
         },

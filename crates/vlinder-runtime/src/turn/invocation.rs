@@ -4,12 +4,13 @@
 //! zero, so that the agent's repeated calls get their old keys and are answered from the record.
 
 use super::answers::{Answered, Answers};
+use crate::pool::Pool;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use vlinder_core::record::{CallStatus, Invoke};
-use vlinder_core::{CallKey, NodeHash, StateRoot};
+use vlinder_core::{AgentName, CallKey, NodeHash, StateRoot, SubmissionId};
 
 /// Calls of one invocation that may be open at once. No node has more parents than one more than
 /// these, and a node takes 1024.
@@ -51,6 +52,8 @@ pub(crate) struct Invocation {
     pub id: String,
     pub turn: Arc<TurnFacts>,
     pub answers: Arc<Answers>,
+    /// Where its instance stands.
+    pub pool: Arc<Pool>,
     state: Mutex<State>,
     /// Held by the one call that changes the state.
     pub writes: Arc<tokio::sync::Mutex<()>>,
@@ -74,13 +77,15 @@ struct State {
     streams: usize,
     begun: u64,
     accepts: bool,
+    /// What it delegated, by handle: to whom.
+    delegated: HashMap<SubmissionId, AgentName>,
 }
 
 impl Invocation {
     /// The id is new each time: where the bus forgot that it delivered a turn, another try of it may
     /// run beside this one with the same delivery count, even in the same instance, and the calls of one
     /// must never be taken for calls of the other.
-    pub fn new(turn: Arc<TurnFacts>, answers: Arc<Answers>) -> Self {
+    pub fn new(turn: Arc<TurnFacts>, answers: Arc<Answers>, pool: Arc<Pool>) -> Self {
         let id = format!("{}.{:016x}", turn.invoke.submission, rand::random::<u64>());
         let state = State {
             counts: HashMap::new(),
@@ -90,11 +95,13 @@ impl Invocation {
             streams: 0,
             begun: 0,
             accepts: true,
+            delegated: HashMap::new(),
         };
         Self {
             id,
             turn,
             answers,
+            pool,
             state: Mutex::new(state),
             writes: Arc::default(),
             over: CancellationToken::new(),
@@ -102,6 +109,21 @@ impl Invocation {
             void: OnceLock::new(),
             voided: CancellationToken::new(),
         }
+    }
+
+    /// How often it has delegated.
+    pub fn delegations(&self) -> usize {
+        self.lock().delegated.len()
+    }
+
+    /// It delegated something.
+    pub fn delegated(&self, handle: SubmissionId, to: AgentName) {
+        self.lock().delegated.insert(handle, to);
+    }
+
+    /// To whom it delegated what `handle` stands for, if it did.
+    pub fn delegate(&self, handle: &SubmissionId) -> Option<AgentName> {
+        self.lock().delegated.get(handle).cloned()
     }
 
     /// Admits a call.

@@ -17,6 +17,7 @@ use crate::agent::Agent;
 use crate::history::{self, History};
 use crate::http::Fault;
 use crate::pool::{Gone, Lease};
+use crate::surge;
 use answers::Answers;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,10 +27,11 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_ATTEMPT, NOTE_BY, NOTE_REASON};
 use vlinder_bus::{Gaps, Message, Seen, Stored, Subject};
 use vlinder_core::record::{End, Invoke, Outcome};
-use vlinder_core::{Kind, NodeHash};
+use vlinder_core::{Kind, NodeHash, SubmissionId};
 use vlinder_worker::service::{TURN_MESSAGES_MAX, call_subject};
 use vlinder_worker::{Handler, Job, Outcome as JobOutcome};
 
@@ -130,6 +132,8 @@ enum Tried {
 struct Live {
     seen: Seen,
     gaps: Gaps,
+    /// The end of the turn that delegated this one.
+    caller: Option<Seen>,
 }
 
 struct Turn<'a> {
@@ -137,6 +141,8 @@ struct Turn<'a> {
     invoke: &'a Stored,
     facts: Arc<TurnFacts>,
     answers: Arc<Answers>,
+    /// The turn that delegated this one has ended without a reply: nobody wants this one's.
+    unwanted: CancellationToken,
 }
 
 impl<'a> Turn<'a> {
@@ -156,6 +162,55 @@ impl<'a> Turn<'a> {
             invoke: &job.stored,
             facts: Arc::new(facts),
             answers: Arc::default(),
+            unwanted: CancellationToken::new(),
+        }
+    }
+
+    /// How many delegations lead here. What a person says in a session that an agent began counts as
+    /// the first: it comes by the same queue.
+    fn depth(&self) -> u32 {
+        let invoke = &self.facts.invoke;
+        let least = u32::from(invoke.session.is_delegated());
+        invoke.depth().max(least)
+    }
+
+    fn caller(&self) -> Option<&SubmissionId> {
+        self.facts
+            .invoke
+            .origin
+            .as_ref()
+            .map(|origin| &origin.caller)
+    }
+
+    async fn watch_caller(&self) -> Result<Option<Seen>, vlinder_bus::Error> {
+        let Some(caller) = self.caller() else {
+            return Ok(None);
+        };
+        let cx = &self.agent.shared.cx;
+        cx.bus.seen_end(&cx.ns, caller).await.map(Some)
+    }
+
+    /// Reads the end of the turn that delegated this one, if the log has one.
+    async fn look_for_caller(&self) -> Result<(), vlinder_bus::Error> {
+        let Some(caller) = self.caller() else {
+            return Ok(());
+        };
+        let cx = &self.agent.shared.cx;
+        let end = Subject::End {
+            ns: cx.ns.clone(),
+            submission: caller.clone(),
+        };
+        if let Some(stored) = cx.bus.first(&cx.log(), &end).await? {
+            self.take_end_of_caller(&stored);
+        }
+        Ok(())
+    }
+
+    /// A caller that has replied has left this turn to itself; any other end ends it.
+    fn take_end_of_caller(&self, stored: &Stored) {
+        let end = End::try_from(&stored.node);
+        if end.is_ok_and(|end| end.outcome != Outcome::Done) {
+            self.unwanted.cancel();
         }
     }
 
@@ -175,13 +230,15 @@ impl<'a> Turn<'a> {
             return Ok(());
         }
         let gaps = bus.gaps();
-        let (seen, history, input, ()) = tokio::try_join!(
+        let (seen, history, input, (), caller) = tokio::try_join!(
             bus.seen_end(&cx.ns, submission),
             self.history(),
             bus.load(&self.invoke.body),
             bus.settled(&log, self.facts.seq),
+            self.watch_caller(),
         )?;
-        let mut live = Live { seen, gaps };
+        let mut live = Live { seen, gaps, caller };
+        self.look_for_caller().await?;
         let age_ms = bus.now_ms().saturating_sub(self.invoke.time_ms);
         if self.facts.attempt > 1 {
             // Calls of an earlier attempt may be answered from now on.
@@ -286,7 +343,9 @@ impl<'a> Turn<'a> {
         history: &Arc<History>,
         input: &Bytes,
     ) -> (Tried, Option<Arc<Invocation>>) {
-        let leased = self.beside(live, self.agent.pool.lease()).await;
+        let surge = |deployment| surge::spawn(self.agent, deployment);
+        let lease = self.agent.pool.lease(self.depth(), surge);
+        let leased = self.beside(live, lease).await;
         let lease = match leased {
             Ok(Ok(lease)) => lease,
             Ok(Err(why)) => {
@@ -298,7 +357,8 @@ impl<'a> Turn<'a> {
             Err(over) => return (over, None),
         };
         let facts = &self.facts;
-        let invocation = Invocation::new(facts.clone(), self.answers.clone());
+        let pool = self.agent.pool.clone();
+        let invocation = Invocation::new(facts.clone(), self.answers.clone(), pool);
         let invocation = Arc::new(invocation);
         let open = lease.replica().caller.open(invocation.clone());
         let body = if lease.replica().takes_json {
@@ -404,10 +464,14 @@ impl<'a> Turn<'a> {
 
     /// Drives `work` and feeds the turn's answers meanwhile; ends with the turn.
     async fn beside<T>(&self, live: &mut Live, work: impl Future<Output = T>) -> Result<T, Tried> {
-        let Live { seen, gaps } = live;
+        let Live { seen, gaps, caller } = live;
         let look = self.keep_looking(gaps);
         tokio::pin!(work, look);
         let mut is_live = true;
+        let mut end_of_caller = async || match caller {
+            Some(caller) => caller.next().await,
+            None => None,
+        };
         loop {
             tokio::select! {
                 biased;
@@ -416,6 +480,14 @@ impl<'a> Turn<'a> {
                     Some(stored) => self.answers.take(stored),
                     None => is_live = false,
                 },
+                () = self.unwanted.cancelled() => {
+                    let why = "the turn that delegated this one has ended without a reply";
+                    return Err(Tried::Ending(Ending {
+                        outcome: Outcome::Cancelled,
+                        ..Ending::failed("caller_ended", why)
+                    }));
+                }
+                Some(stored) = end_of_caller() => self.take_end_of_caller(&stored),
                 done = &mut work => return Ok(done),
                 () = tokio::time::sleep_until(self.facts.deadline) => {
                     let why = format!("the turn took longer than {} ms", self.facts.invoke.timeout_ms);
@@ -437,7 +509,8 @@ impl<'a> Turn<'a> {
                 () = gaps.next() => {}
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(BACKSTOP.1),
             }
-            if let Err(error) = self.read_back().await {
+            let looked = tokio::try_join!(self.read_back(), self.look_for_caller());
+            if let Err(error) = looked {
                 tracing::warn!(%error, "cannot look for what the turn's subscription may have missed");
             }
         }

@@ -424,6 +424,7 @@ impl Session {
             previous: self.previous.clone(),
             state: self.state,
             timeout_ms: self.timeout_ms,
+            origin: None,
         };
         let input = input.into();
         let node = invoke.to_node(vec![self.parent], &input);

@@ -41,7 +41,9 @@ fn status_and_code(result: &Value) -> (u64, String) {
 #[tokio::test]
 async fn what_is_not_allowed_is_refused_precisely() {
     let (bed, worker) = Bed::with_worker().await;
-    let needs = format!("{KV}[requirements.services.infer]\nprovider = 'ollama'\n");
+    let needs = format!(
+        "{KV}[requirements]\nsecrets = ['known', 'away', 'gone']\n[requirements.services.infer]\nprovider = 'ollama'\n"
+    );
     bed.deploy("probe", &agent(PROBE), &needs).await;
     let get = json!({"path": "x"});
     let wrong = "0".repeat(32);
@@ -133,8 +135,38 @@ async fn what_is_not_allowed_is_refused_precisely() {
         ),
         (
             json!({"service": "runtime", "path": "delegate", "body": {"target": "x", "input": ""}}),
-            501,
-            "not_implemented",
+            404,
+            "agent_not_found",
+        ),
+        (
+            json!({"service": "runtime", "path": "wait", "body": {"handle": "t-x"}}),
+            404,
+            "unknown_handle",
+        ),
+        (
+            json!({"service": "runtime", "path": "secret", "body": {"name": "known"}}),
+            200,
+            "",
+        ),
+        (
+            json!({"service": "runtime", "path": "secret", "body": {"name": "other"}}),
+            403,
+            "not_declared",
+        ),
+        (
+            json!({"service": "runtime", "path": "secret", "body": {"name": "gone"}}),
+            404,
+            "secret_not_found",
+        ),
+        (
+            json!({"service": "runtime", "path": "secret", "body": {"name": "away"}}),
+            503,
+            "secret_unavailable",
+        ),
+        (
+            json!({"service": "runtime", "path": "secret", "body": {"key": "known"}}),
+            400,
+            "bad_request",
         ),
         (
             json!({"service": "runtime", "path": "progress", "body": {"text": "half"}}),

@@ -132,6 +132,11 @@ impl Sessions {
         if !fresh && let Some(session) = self.get(id).await? {
             return Ok(session);
         }
+        if id.is_delegated() {
+            return Err(Status::not_found(format!(
+                "session {id} does not exist; sessions that are called so are begun by agents"
+            )));
+        }
         let event = SessionEvent {
             namespace: self.cx.ns.clone(),
             session: id.clone(),

@@ -416,6 +416,7 @@ impl Line {
             previous: self.previous.clone(),
             state: None,
             timeout_ms: 60_000,
+            origin: None,
         };
         let node = invoke.to_node(vec![self.parent], input);
         let hash = node.hash();

@@ -5,16 +5,17 @@ An agent is an HTTP server: `GET /health` answers 200, `POST /invoke` answers on
 remember goes through the node, never into a variable: it may be killed and replaced at any time.
 """
 
-import http.client
 import json
 import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 # Seconds for one call to the node. The turn's own deadline is the manifest's `timeout`.
 CALL_S = 110
 
-NODE = urlsplit(os.environ["VLINDER_BRIDGE_URL"])
+# Where the node answers a process; a container finds it under names such as sqlite-kv.vlinder.local.
+BRIDGE = os.environ.get("VLINDER_BRIDGE_URL")
 
 
 def answer(turn, call):
@@ -42,24 +43,23 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path != "/invoke":
             return self.reply(404, "not here")
-        node = http.client.HTTPConnection(NODE.hostname, NODE.port, timeout=CALL_S)
         invocation = self.headers.get("X-Vlinder-Invocation", "")
 
         def call(what, arguments):
-            node.request("POST", f"{NODE.path.rstrip('/')}/{what}", json.dumps(arguments),
-                         {"Content-Type": "application/json", "X-Vlinder-Invocation": invocation})
-            response = node.getresponse()
-            content = response.read()
-            if response.status != 200:
-                raise RuntimeError(f"{what} answered {response.status}: {content[:500].decode(errors='replace')}")
-            return content.decode()
+            service, _, path = what.partition("/")
+            url = f"{BRIDGE}/{what}" if BRIDGE else f"http://{service}.vlinder.local:3544/{path}"
+            headers = {"Content-Type": "application/json", "X-Vlinder-Invocation": invocation}
+            try:
+                with urlopen(Request(url, json.dumps(arguments).encode(), headers), timeout=CALL_S) as response:
+                    return response.read().decode()
+            except HTTPError as error:
+                said = error.read(500).decode(errors="replace")
+                raise RuntimeError(f"{what} answered {error.code}: {said}") from error
 
         try:
             self.reply(200, answer(json.loads(body), call))
         except Exception as error:  # any other status than 200 fails the turn, with this text on record
             self.reply(500, f"{type(error).__name__}: {error}")
-        finally:
-            node.close()
 
     def reply(self, status, text):
         data = text.encode()
@@ -75,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", int(os.environ.get("PORT", "8080"))), Handler)
+    host = "127.0.0.1" if BRIDGE else "0.0.0.0"  # in a container the node comes from outside
+    server = ThreadingHTTPServer((host, int(os.environ.get("PORT", "8080"))), Handler)
     server.daemon_threads = True
     server.serve_forever()
