@@ -7,6 +7,7 @@ mod agents;
 mod chaos;
 mod cluster;
 mod configuration;
+mod container;
 mod conversation;
 mod counts;
 mod doctor;
