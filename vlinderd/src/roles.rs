@@ -174,6 +174,7 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
                 labels: config.node.labels.clone(),
                 bridge: None,
                 drain_within: config.supervisor.drain_deadline * 3 / 4,
+                secrets: Arc::new(SecretReader::new(config.clone(), &cx, &setup.token)),
             };
             let container = vlinder_runtime::container::ContainerOptions {
                 docker_host: config.runtime.docker_host.clone(),

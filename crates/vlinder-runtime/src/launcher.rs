@@ -10,6 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use vlinder_core::AgentName;
 use vlinder_core::manifest::{AgentManifest, RuntimeKind};
@@ -131,6 +132,10 @@ pub trait Launcher: Send + Sync + 'static {
     fn kind(&self) -> RuntimeKind;
     /// Starts one instance. It need not listen yet when this returns.
     async fn launch(&self, spec: &LaunchSpec) -> Result<Box<dyn Instance>, LaunchError>;
+    /// How long after an instance broke off what it said its end may become known.
+    fn end_known_within(&self) -> Duration {
+        Duration::ZERO
+    }
     /// The last lines that an instance printed, for messages that say why it ended.
     fn last_lines(&self, spec: &LaunchSpec) -> Vec<String>;
     /// The agent is no longer deployed and nothing of it runs here: removes what it left.

@@ -37,6 +37,8 @@ const HOP_BY_HOP: [&str; 8] = [
     "transfer-encoding",
     "upgrade",
 ];
+/// Where agents find the bridge.
+const BRIDGE_PORT: u16 = 3544;
 /// Longest path that is put on record, in characters.
 const PATH_CHARS_MAX: usize = 1024;
 
@@ -51,7 +53,7 @@ pub(super) struct Outside {
 pub(super) fn outside(method: &Method, uri: &Uri) -> Option<Outside> {
     let authority = uri.authority()?;
     let host = authority.host();
-    if method != Method::CONNECT && is_ours(host) {
+    if method != Method::CONNECT && is_ours(host, authority.port_u16()) {
         return None;
     }
     let default = if uri.scheme_str() == Some("https") {
@@ -66,8 +68,9 @@ pub(super) fn outside(method: &Method, uri: &Uri) -> Option<Outside> {
 }
 
 /// Names that mean the bridge, for clients that ignore `NO_PROXY`.
-fn is_ours(host: &str) -> bool {
-    host.ends_with(".vlinder.local") || host == "127.0.0.1" || host == "localhost"
+fn is_ours(host: &str, port: Option<u16>) -> bool {
+    let is_own = host == "127.0.0.1" || host == "localhost";
+    host.ends_with(".vlinder.local") || (is_own && port == Some(BRIDGE_PORT))
 }
 
 /// Lets a request out, or refuses it.
@@ -351,6 +354,8 @@ mod tests {
             outside(Method::POST, "http://127.0.0.1:3544/sqlite-kv/get"),
             None
         );
+        let here = outside(Method::GET, "http://127.0.0.1:4222/");
+        assert!(here.is_some(), "another port of ours is not the bridge");
         let to = |host: &str, port| {
             Some(Outside {
                 host: host.to_owned(),

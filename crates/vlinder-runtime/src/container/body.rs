@@ -35,7 +35,7 @@ const PIDS_DEFAULT: u32 = 256;
 /// Those of the first process: itself and a thread.
 const PIDS_OF_INIT: u32 = 2;
 /// What may be written to `/tmp` and to each volume of the image: it counts as the agent's memory.
-const TMPFS: &str = "rw,nosuid,nodev,size=64m,mode=1777";
+const TMPFS: &str = "rw,noexec,nosuid,nodev,size=64m,mode=1777";
 
 /// The body of the request that makes a container.
 pub(super) fn of(
@@ -60,6 +60,13 @@ pub(super) fn of(
     command.extend(words(&config.cmd));
     let volumes = words(&config.volumes).into_iter();
     let written = volumes.chain(["/tmp".to_owned()]);
+    // A directory that is in the image keeps its mode; then it should belong to who the agent runs as.
+    let user = config.user.as_deref().unwrap_or_default();
+    let user = user.split(':').next().unwrap_or_default();
+    let tmpfs = match user.parse::<u32>() {
+        Ok(user) => format!("{TMPFS},uid={user}"),
+        Err(_) => TMPFS.to_owned(),
+    };
     let host = HostConfig {
         network_mode: Some("none".to_owned()),
         extra_hosts: Some(
@@ -71,7 +78,7 @@ pub(super) fn of(
             read_only(&files.directory(name), DIRECTORY_AT)?,
             read_only(files.init(), INIT_AT)?,
         ]),
-        tmpfs: Some(written.map(|path| (path, TMPFS.to_owned())).collect()),
+        tmpfs: Some(written.map(|path| (path, tmpfs.clone())).collect()),
         readonly_rootfs: Some(true),
         cap_drop: Some(vec!["ALL".to_owned()]),
         security_opt: Some(vec!["no-new-privileges".to_owned()]),

@@ -69,7 +69,7 @@ impl Images {
         let mut pin = self.pin(deployment);
         for _ in 0..PIN_TRIES {
             if let Some(pin) = pin {
-                return self.pinned_image(deployment, &pin).await;
+                return self.pinned_image(&pin).await;
             }
             let found = self.here_or_fetched(reference).await?;
             let meant = Pin {
@@ -99,7 +99,7 @@ impl Images {
         (pin.version == deployment.version).then_some(pin)
     }
 
-    async fn pinned_image(&self, deployment: &Deployment, pin: &Pin) -> Result<Image, LaunchError> {
+    async fn pinned_image(&self, pin: &Pin) -> Result<Image, LaunchError> {
         if let Some(found) = self.here(&pin.id).await? {
             return found.checked(&pin.reference);
         }
@@ -109,8 +109,8 @@ impl Images {
             }
         }
         Err(LaunchError::Image(format!(
-            "the image {} is not on this node: {} meant it when version {} was deployed, and the image policy is pinned",
-            pin.id, pin.reference, deployment.version
+            "the image {} is not on this node: {} meant it when this version was deployed, and the image policy is pinned",
+            pin.id, pin.reference
         )))
     }
 

@@ -188,6 +188,10 @@ async fn serve(
                     state.breaks += 1;
                 });
             }
+            Err(error) if first == Some(0) => {
+                tracing::debug!(%error, "the container ended before it was known");
+                tokio::time::sleep(BAD_PAUSE).await;
+            }
             Err(error) => {
                 tracing::warn!(%error, "somebody else connects in a container to what is the first process's");
                 tokio::time::sleep(BAD_PAUSE).await;

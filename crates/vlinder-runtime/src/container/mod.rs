@@ -41,6 +41,8 @@ const LAST_LINES: usize = 5;
 /// How long the replicas of this node have to take their containers up again before those that are
 /// left are swept up.
 const SWEEP_AFTER: Duration = Duration::from_secs(10);
+/// How long the engine may take to tell that a container has ended, and why.
+const END_KNOWN_WITHIN: Duration = Duration::from_secs(1);
 /// How long the first process of a container that is taken up again may take to come.
 const ADOPT_MAX: Duration = Duration::from_secs(3);
 
@@ -227,6 +229,10 @@ impl Launcher for ContainerLauncher {
             Some(adopted) => Ok(adopted),
             None => self.create(spec).await,
         }
+    }
+
+    fn end_known_within(&self) -> Duration {
+        END_KNOWN_WITHIN
     }
 
     fn last_lines(&self, spec: &LaunchSpec) -> Vec<String> {
