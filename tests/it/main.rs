@@ -8,6 +8,7 @@ mod chaos;
 mod cluster;
 mod configuration;
 mod console;
+mod container;
 mod conversation;
 mod counts;
 mod delegation;

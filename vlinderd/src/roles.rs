@@ -46,7 +46,7 @@ pub const SUPPORTED: [WorkerRole; 16] = [
 ];
 
 /// The roles that really run agents.
-const RUNTIMES: [WorkerRole; 1] = [WorkerRole::AgentProcess];
+const RUNTIMES: [WorkerRole; 2] = [WorkerRole::AgentContainer, WorkerRole::AgentProcess];
 
 /// Whatever a role needs beside its context.
 pub struct Setup {
@@ -168,7 +168,7 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
             })?;
             let options = vlinder_runtime::Options {
                 labels: config.node.labels.clone(),
-                bridge,
+                bridge: Some(bridge),
                 drain_within: config.supervisor.drain_deadline * 3 / 4,
                 secrets: Arc::new(SecretReader::new(config.clone(), &cx, &setup.token)),
             };
@@ -184,11 +184,17 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
             vlinder_runtime::run_process(cx, options, process).await
         }
         WorkerRole::AgentContainer => {
-            wait(
-                cx,
-                "this release runs process agents only; container agents come with the next one",
-            )
-            .await
+            let options = vlinder_runtime::Options {
+                labels: config.node.labels.clone(),
+                bridge: None,
+                drain_within: config.supervisor.drain_deadline * 3 / 4,
+                secrets: Arc::new(SecretReader::new(config.clone(), &cx, &setup.token)),
+            };
+            let container = vlinder_runtime::container::ContainerOptions {
+                docker_host: config.runtime.docker_host.clone(),
+                pinned: config.runtime.image_policy == vlinder_config::ImagePolicy::Pinned,
+            };
+            vlinder_runtime::run_container(cx, options, container).await
         }
         WorkerRole::DagGit => wait(cx, "this release has no git projection yet").await,
         WorkerRole::SessionViewer => {

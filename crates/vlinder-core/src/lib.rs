@@ -5,12 +5,14 @@
 //! tonic, files or the environment, so that every other crate may depend on it.
 
 pub mod conversation;
+pub mod egress;
 pub mod hash;
 pub mod ids;
 pub mod manifest;
 pub mod merkle;
 pub mod record;
 pub mod role;
+pub mod size;
 
 pub use hash::{CallKey, ContentHash, NodeHash, StateRoot};
 pub use ids::{

@@ -32,6 +32,11 @@ pub fn is_secret_name(name: &str) -> bool {
 /// Largest manifest, in bytes.
 pub const MANIFEST_BYTES_MAX: usize = 256 * 1024;
 
+/// Least memory that an agent may be given, in bytes: less does not even start.
+pub const MEMORY_MIN: u64 = 16 * 1024 * 1024;
+/// Most processors that an agent may ask for.
+pub const CPUS_MAX: f64 = 1024.0;
+
 /// How an agent is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -191,6 +196,34 @@ pub struct Resources {
     pub pids: Option<u32>,
 }
 
+impl Resources {
+    /// The memory in bytes, if the manifest says.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.memory.as_deref().and_then(crate::size::parse)
+    }
+
+    fn mistakes(&self, found: &mut Vec<String>) {
+        if let Some(text) = &self.memory
+            && self.memory_bytes().is_none_or(|bytes| bytes < MEMORY_MIN)
+        {
+            found.push(format!(
+                "resources.memory = {text:?}: expected a size of at least {}, such as 512MiB",
+                crate::size::format(MEMORY_MIN)
+            ));
+        }
+        if let Some(cpus) = self.cpus
+            && !(0.01..=CPUS_MAX).contains(&cpus)
+        {
+            found.push(format!(
+                "resources.cpus = {cpus}: expected 0.01 to {CPUS_MAX}"
+            ));
+        }
+        if self.pids == Some(0) {
+            found.push("resources.pids = 0: expected at least 1".to_owned());
+        }
+    }
+}
+
 fn one() -> u32 {
     1
 }
@@ -267,6 +300,12 @@ impl AgentManifest {
                 && let Err(reason) = StoreUri::parse(text)
             {
                 found.push(format!("{key} = {}: {reason}", shown(text)));
+            }
+        }
+        self.resources.mistakes(&mut found);
+        for rule in &self.requirements.egress {
+            if let Err(reason) = rule.parse::<crate::egress::EgressRule>() {
+                found.push(format!("requirements.egress = {rule:?}: {reason}"));
             }
         }
         for kind in self.requirements.services.keys() {

@@ -22,8 +22,8 @@ pub(crate) struct Shared {
     pub histories: Histories,
     pub queues: KnownQueues,
     pub secrets: Arc<dyn Secrets>,
-    /// Where the bridge listens, as agents see it.
-    pub bridge: SocketAddr,
+    /// Where the bridge listens for all agents, if it does.
+    pub bridge: Option<SocketAddr>,
     /// Bounds how many instances start at the same time: starting is heavy, and all at once would
     /// make each of them slow.
     pub starts: tokio::sync::Semaphore,

@@ -4,6 +4,7 @@
 //! its second packet waits 40 ms for the first one's; so every socket towards an agent has
 //! `TCP_NODELAY`, and `TCP_QUICKACK` is set again after each read (the kernel forgets it).
 
+use crate::launcher::Connect;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1::{self, SendRequest};
@@ -11,7 +12,6 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -161,7 +161,7 @@ fn in_words(error: &hyper::Error) -> String {
 
 /// Speaks HTTP/1.1 to one replica.
 pub(crate) struct AgentClient {
-    address: SocketAddr,
+    connector: Arc<dyn Connect>,
     idle: Idle,
     /// Ends the connections' tasks with the client.
     end: CancellationToken,
@@ -169,10 +169,10 @@ pub(crate) struct AgentClient {
 }
 
 impl AgentClient {
-    pub(crate) fn new(address: SocketAddr) -> Self {
+    pub(crate) fn new(connector: Arc<dyn Connect>) -> Self {
         let end = CancellationToken::new();
         Self {
-            address,
+            connector,
             idle: Arc::default(),
             _ends_when_dropped: end.clone().drop_guard(),
             end,
@@ -210,7 +210,7 @@ impl AgentClient {
 
     async fn connect(&self) -> Result<SendRequest<Whole>, Fault> {
         let refused = |error: io::Error| Fault::Gone(format!("it does not listen: {error}"));
-        let stream = TcpStream::connect(self.address).await.map_err(refused)?;
+        let stream = self.connector.connect().await.map_err(refused)?;
         let stream = QuickAck::new(stream).map_err(refused)?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream))
             .await

@@ -4,9 +4,14 @@
 //! else (who runs which replica, health, restarts, turns, the bridge) is the same for all runtimes.
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
+use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
 use vlinder_core::AgentName;
 use vlinder_core::manifest::{AgentManifest, RuntimeKind};
 use vlinder_worker::infra::AgentVersion;
@@ -41,8 +46,49 @@ pub struct LaunchSpec {
     pub replica: u32,
     /// The secret by which the bridge knows this instance: one path segment.
     pub secret: String,
-    /// Where the bridge listens.
-    pub bridge: SocketAddr,
+    /// Where the bridge listens for all instances, if it does.
+    pub bridge: Option<SocketAddr>,
+    /// The bridge as this instance alone sees it, for runtimes that have a socket for each.
+    pub face: BridgeFace,
+}
+
+type Serve = dyn Fn(TcpListener) -> BoxFuture<'static, ()> + Send + Sync;
+
+/// The bridge for one instance: whoever comes through its socket is that instance.
+#[derive(Clone)]
+pub struct BridgeFace(Arc<Serve>);
+
+impl BridgeFace {
+    /// A face that serves with `serve`.
+    pub fn new(
+        serve: impl Fn(TcpListener) -> BoxFuture<'static, ()> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(serve))
+    }
+
+    /// Serves until the future is dropped.
+    pub fn serve(&self, listener: TcpListener) -> BoxFuture<'static, ()> {
+        (self.0)(listener)
+    }
+}
+
+impl fmt::Debug for BridgeFace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BridgeFace")
+    }
+}
+
+/// The manifest's prompts as variables of the environment.
+pub(crate) fn prompts(manifest: &AgentManifest) -> impl Iterator<Item = (String, String)> {
+    manifest.prompts.iter().map(|(name, text)| {
+        // No other character may stand in the name of a variable, and no NUL in its value.
+        let upper = |c: char| match c.is_ascii_alphanumeric() {
+            true => c.to_ascii_uppercase(),
+            false => '_',
+        };
+        let name: String = name.chars().map(upper).collect();
+        (format!("VLINDER_PROMPT_{name}"), text.replace('\0', ""))
+    })
 }
 
 /// How an instance ended, in words.
@@ -63,6 +109,12 @@ pub enum LaunchError {
         /// Why not.
         reason: String,
     },
+    /// The image cannot be had or cannot be run.
+    #[error("{0}")]
+    Image(String),
+    /// The container engine refused or does not answer.
+    #[error("{0}")]
+    Engine(String),
     /// Something of the node's own failed.
     #[error("{what}: {source}")]
     Io {
@@ -80,6 +132,10 @@ pub trait Launcher: Send + Sync + 'static {
     fn kind(&self) -> RuntimeKind;
     /// Starts one instance. It need not listen yet when this returns.
     async fn launch(&self, spec: &LaunchSpec) -> Result<Box<dyn Instance>, LaunchError>;
+    /// How long after an instance broke off what it said its end may become known.
+    fn end_known_within(&self) -> Duration {
+        Duration::ZERO
+    }
     /// The last lines that an instance printed, for messages that say why it ended.
     fn last_lines(&self, spec: &LaunchSpec) -> Vec<String>;
     /// The agent is no longer deployed and nothing of it runs here: removes what it left.
@@ -89,8 +145,12 @@ pub trait Launcher: Send + Sync + 'static {
 /// A running instance. Dropping it ends it at once, with everything that it started.
 #[async_trait]
 pub trait Instance: Send + 'static {
-    /// Where it serves HTTP.
-    fn address(&self) -> SocketAddr;
+    /// How its HTTP server is reached.
+    fn connector(&self) -> Arc<dyn Connect>;
+    /// Takes how many turns it has, where that must be known after this worker's death.
+    fn marker(&self) -> Option<Arc<dyn Marker>> {
+        None
+    }
     /// Its process id, 0 where there is none on this machine.
     fn pid(&self) -> u32;
     /// What it printed and nobody kept because it was too much, in bytes, as it grows.
@@ -101,4 +161,26 @@ pub trait Instance: Send + 'static {
     async fn exited(&mut self) -> Exit;
     /// Asks it to end, and ends it where it does not do so soon.
     async fn stop(self: Box<Self>);
+}
+
+/// Opens connections to an instance's HTTP server.
+#[async_trait]
+pub trait Connect: Send + Sync + 'static {
+    /// Opens one.
+    async fn connect(&self) -> io::Result<TcpStream>;
+}
+
+#[async_trait]
+impl Connect for SocketAddr {
+    async fn connect(&self) -> io::Result<TcpStream> {
+        TcpStream::connect(self).await
+    }
+}
+
+/// Keeps how many turns an instance has.
+pub trait Marker: Send + Sync + 'static {
+    /// It has so many now; called before the first of them reaches it. Must not block.
+    fn turns(&self, turns: usize);
+    /// It must serve no more, whatever it still does.
+    fn spoil(&self);
 }

@@ -1,7 +1,7 @@
 //! The agent runtimes: workers that run agents, hand them turns, and answer their calls.
 //!
 //! * [`launcher`] says what differs between runtimes: how an instance is started. [`process`] starts
-//!   child processes.
+//!   child processes, [`container`] containers.
 //! * `fleet` brings what runs here toward what is deployed; `claims` decides who runs which replica;
 //!   `holder` and `replica` keep one replica alive; `pool` knows which are ready.
 //! * `turn` runs one turn from its invoke to its end, from the record where it was begun before.
@@ -14,12 +14,14 @@ mod agent;
 mod bridge;
 pub mod bundle;
 mod claims;
+pub mod container;
 mod fleet;
 mod history;
 mod holder;
 mod http;
 pub mod launcher;
 pub mod logs;
+mod output;
 mod pool;
 pub mod process;
 mod queues;
@@ -30,6 +32,7 @@ mod turn;
 
 use agent::Shared;
 use bytes::Bytes;
+use container::{ContainerLauncher, ContainerOptions};
 use launcher::Launcher;
 use process::{ProcessLauncher, ProcessOptions};
 use secrets::Secrets;
@@ -57,8 +60,8 @@ const LARGE_BODY_BYTES: usize = 1024 * 1024;
 pub struct Options {
     /// The labels of this node, for placement.
     pub labels: BTreeMap<String, String>,
-    /// The bridge's socket, bound on loopback (or, for containers, where they reach it).
-    pub bridge: TcpListener,
+    /// The bridge's socket, bound on loopback; none where each instance has one of its own.
+    pub bridge: Option<TcpListener>,
     /// How long turns may take to finish when the worker drains; then they are handed back.
     pub drain_within: Duration,
     /// Where agents' secrets come from.
@@ -71,11 +74,7 @@ pub async fn run_process(
     options: Options,
     process: ProcessOptions,
 ) -> Result<(), Error> {
-    let (lines, queue) = mpsc::channel(LIVE_LINES_MAX);
-    let live: logs::Live = Box::new(move |agent, line| {
-        // Whoever follows sees a gap when an agent floods; the file has every line.
-        let _ = lines.try_send((agent.to_owned(), Bytes::copy_from_slice(line)));
-    });
+    let (live, queue) = live_lines();
     let node = cx.id.node.to_string();
     let launcher = ProcessLauncher::new(process, cx.bus.clone(), cx.data_dir.clone(), &node, live);
     let sending = send_lines(cx.clone(), queue);
@@ -83,6 +82,36 @@ pub async fn run_process(
         ended = run(cx, options, Arc::new(launcher)) => ended,
         never = sending => match never {},
     }
+}
+
+/// Runs container agents until the worker drains. Waits for the engine where it is absent.
+pub async fn run_container(
+    cx: WorkerCx,
+    options: Options,
+    container: ContainerOptions,
+) -> Result<(), Error> {
+    let (live, queue) = live_lines();
+    let Some(launcher) = ContainerLauncher::start(&cx, container, live).await? else {
+        return Ok(());
+    };
+    let launcher = Arc::new(launcher);
+    let sending = send_lines(cx.clone(), queue);
+    let watching = launcher.clone();
+    tokio::select! {
+        ended = run(cx, options, launcher) => ended,
+        never = sending => match never {},
+        never = watching.watch() => match never {},
+    }
+}
+
+/// Where agents' lines go for those who follow them, and where they come out.
+fn live_lines() -> (logs::Live, mpsc::Receiver<(String, Bytes)>) {
+    let (lines, queue) = mpsc::channel(LIVE_LINES_MAX);
+    let live: logs::Live = Box::new(move |agent, line| {
+        // Whoever follows sees a gap when an agent floods; the file has every line.
+        let _ = lines.try_send((agent.to_owned(), Bytes::copy_from_slice(line)));
+    });
+    (live, queue)
 }
 
 /// Sends agents' lines to whoever follows them, from any machine.
@@ -108,10 +137,16 @@ pub async fn run(cx: WorkerCx, options: Options, launcher: Arc<dyn Launcher>) ->
         what: "cannot use the bridge's socket".to_owned(),
         source,
     };
-    options.bridge.set_nonblocking(true).map_err(listening)?;
-    let address = options.bridge.local_addr().map_err(listening)?;
-    let listener = tokio::net::TcpListener::from_std(options.bridge).map_err(listening)?;
-    cx.control.note("bridge", &address.to_string());
+    let listener = options.bridge.map(|listener| {
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        Ok((tokio::net::TcpListener::from_std(listener)?, address))
+    });
+    let listener = listener.transpose().map_err(listening)?;
+    let address = listener.as_ref().map(|(_, address)| *address);
+    if let Some(address) = address {
+        cx.control.note("bridge", &address.to_string());
+    }
     let shared = Arc::new(Shared {
         infra: InfraView::start(&cx).await?,
         launcher,
@@ -125,9 +160,15 @@ pub async fn run(cx: WorkerCx, options: Options, launcher: Arc<dyn Launcher>) ->
         cx,
     });
     let fleet = fleet::Fleet::new(shared.clone(), options.labels);
+    let bridge = async {
+        match listener {
+            Some((listener, _)) => bridge::serve(listener, shared, None).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         outcome = fleet.run(options.drain_within) => outcome,
-        () = bridge::serve(listener, shared) => Ok(()),
+        () = bridge => Ok(()),
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::bridge::{Admitted, Caller, DEPTH_MAX};
 use crate::http::AgentClient;
-use crate::launcher::Deployment;
+use crate::launcher::{Deployment, Marker};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -49,6 +49,7 @@ pub(crate) struct Replica {
     busy: watch::Sender<usize>,
     /// What it printed beyond what is kept, in bytes.
     flood: Arc<AtomicU64>,
+    marker: Option<Arc<dyn Marker>>,
 }
 
 impl Replica {
@@ -57,6 +58,7 @@ impl Replica {
         client: AgentClient,
         takes_json: bool,
         admitted: Admitted,
+        marker: Option<Arc<dyn Marker>>,
     ) -> Self {
         Self {
             deployment,
@@ -67,6 +69,7 @@ impl Replica {
             fate: watch::Sender::new(None),
             busy: watch::Sender::new(0),
             flood: Arc::default(),
+            marker,
         }
     }
 
@@ -91,6 +94,9 @@ impl Replica {
 
     /// It is gone. The first fate is the fate.
     pub fn meet(&self, gone: Gone) {
+        if let Some(marker) = &self.marker {
+            marker.spoil();
+        }
         self.fate.send_if_modified(|fate| {
             let is_first = fate.is_none();
             if is_first {
@@ -129,6 +135,16 @@ impl Replica {
         let mut busy = self.busy.subscribe();
         // The sender is ours, so this cannot fail.
         let _ = busy.wait_for(|busy| *busy == 0).await;
+    }
+
+    /// It gets a turn, or is rid of one.
+    fn count(&self, change: impl FnOnce(usize) -> usize) {
+        self.busy.send_modify(|busy| {
+            *busy = change(*busy);
+            if let Some(marker) = &self.marker {
+                marker.turns(*busy);
+            }
+        });
     }
 
     fn places(&self) -> usize {
@@ -352,7 +368,7 @@ impl Pool {
         let best = free.min_by_key(|(busy, seat)| (seat.is_surge, *busy, seat.used));
         if let Some((_, seat)) = best {
             seat.used = now;
-            seat.replica.busy.send_modify(|busy| *busy += 1);
+            seat.replica.count(|busy| busy + 1);
             return Found::Place(Lease {
                 replica: seat.replica.clone(),
                 changed: self.changed.clone(),
@@ -408,7 +424,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.replica.busy.send_modify(|busy| *busy -= 1);
+        self.replica.count(|busy| busy - 1);
         self.changed.send_replace(());
     }
 }

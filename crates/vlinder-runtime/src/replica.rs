@@ -4,6 +4,7 @@
 //! one gets no more turns, finishes those it has, and is stopped. [`keep`] keeps one version alive.
 
 use crate::agent::{Agent, Shared};
+use crate::bridge;
 use crate::http::{AgentClient, Whole};
 use crate::launcher::{Deployment, Instance, LaunchSpec};
 use crate::pool::{Gone, Replica};
@@ -206,11 +207,12 @@ async fn start(
         replica: index,
         secret: admitted.secret.clone(),
         bridge: shared.bridge,
+        face: bridge::face(shared, &admitted.caller),
     };
     let launched = shared.launcher.launch(&spec).await;
     let mut instance = launched.map_err(|error| error.to_string())?;
     status.send_modify(|status| status.pid = instance.pid());
-    let client = AgentClient::new(instance.address());
+    let client = AgentClient::new(instance.connector());
     let takes_json = tokio::select! {
         biased;
         exit = instance.exited() => {
@@ -226,7 +228,13 @@ async fn start(
             }
         },
     };
-    let replica = Replica::new(deployment.clone(), client, takes_json, admitted);
+    let replica = Replica::new(
+        deployment.clone(),
+        client,
+        takes_json,
+        admitted,
+        instance.marker(),
+    );
     let replica = replica.printing(instance.flood());
     Ok((Arc::new(replica), instance))
 }

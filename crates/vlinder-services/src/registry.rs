@@ -97,7 +97,7 @@ impl RegistryService {
         let role = role_of(manifest.runtime);
         if !self.supported.contains(&role) {
             return Err(Status::failed_precondition(format!(
-                "runtime = {:?}: this release runs process agents only",
+                "runtime = {:?}: this release runs process and container agents only",
                 runtime_name(manifest.runtime)
             )));
         }
@@ -105,6 +105,11 @@ impl RegistryService {
             return Err(Status::invalid_argument(
                 "a process agent needs its directory; deploy it with `vlinder agent deploy -p DIR`",
             ));
+        }
+        if let Some(name) = manifest.requirements.mounts.keys().next() {
+            return Err(Status::failed_precondition(format!(
+                "requirements.mounts.{name}: this release cannot mount anything into agents"
+            )));
         }
         for (key, store) in [
             ("object_storage", manifest.object_store()),

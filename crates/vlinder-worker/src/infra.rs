@@ -26,6 +26,9 @@ pub const FLEET: &str = "fleet";
 /// Event kind: a secret; body is ciphertext.
 pub const SECRET: &str = "secret";
 
+/// Event kind: which image the name in an agent's manifest meant when a version of it was deployed.
+pub const IMAGE: &str = "image";
+
 /// How long a change may take to show in a view that waits for it.
 const CATCH_UP_DEADLINE: Duration = Duration::from_secs(10);
 

@@ -5,6 +5,7 @@
 
 pub mod agents;
 pub mod bins;
+pub mod docker;
 pub mod faces;
 pub mod node;
 pub mod proc;

@@ -4,7 +4,6 @@
 //! from one to the other and says in words what it expects.
 
 mod scalar;
-mod size;
 mod urls;
 
 use std::collections::BTreeMap;
@@ -127,7 +126,10 @@ impl Kind {
             Kind::Choice(choices) => format!("one of {}", choices.join(", ")),
             Kind::Number { min, max } => format!("a whole number from {min} to {max}"),
             Kind::Size { min } => {
-                format!("a size such as \"10GiB\", at least {}", size::format(min))
+                format!(
+                    "a size such as \"10GiB\", at least {}",
+                    vlinder_core::size::format(min)
+                )
             }
             Kind::Span { min_ms, max_ms } => format!(
                 "a duration with a unit such as \"30s\", from {} to {}",
@@ -213,7 +215,7 @@ impl Kind {
             Kind::Number { min, max } => scalar::number(text, min, max)
                 .map(Value::Number)
                 .ok_or_else(refused),
-            Kind::Size { min } => size::parse(text)
+            Kind::Size { min } => vlinder_core::size::parse(text)
                 .filter(|n| *n >= min)
                 .map(Value::Number)
                 .ok_or_else(refused),
@@ -244,7 +246,9 @@ impl Kind {
     /// The value as it would be written in `config.toml`.
     pub fn to_toml(self, value: &Value) -> toml::Value {
         match (self, value) {
-            (Kind::Size { .. }, Value::Number(bytes)) => toml::Value::String(size::format(*bytes)),
+            (Kind::Size { .. }, Value::Number(bytes)) => {
+                toml::Value::String(vlinder_core::size::format(*bytes))
+            }
             (Kind::Path | Kind::Secret | Kind::DockerHost, Value::Text(text)) => {
                 toml::Value::String(text.replace("${", "$${"))
             }

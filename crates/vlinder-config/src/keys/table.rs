@@ -437,7 +437,7 @@ pub(crate) static KEYS: &[Key] = &[
         "runtime.docker_host",
         Kind::DockerHost,
         "auto",
-        "auto, or a socket or URL; Podman's Docker-compatible socket works.",
+        "auto, or a socket or URL of an engine on this machine; Podman's Docker-compatible socket works.",
     ),
     is(
         "runtime.lambda_region",

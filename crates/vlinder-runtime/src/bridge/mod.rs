@@ -8,6 +8,7 @@
 mod call;
 mod callers;
 mod delegate;
+mod egress;
 mod listing;
 mod reply;
 mod route;
@@ -20,6 +21,7 @@ pub(crate) use delegate::DEPTH_MAX;
 use crate::BODY_UNIT_BYTES;
 use crate::agent::Shared;
 use crate::http::QuickAck;
+use crate::launcher::BridgeFace;
 use crate::turn::INVOCATION_HEADER;
 use crate::turn::answers::Answered;
 use crate::turn::invocation::Invocation;
@@ -62,8 +64,14 @@ const CHECKPOINT_HEADER: &str = "x-vlinder-checkpoint";
 /// Whether a `get` found something.
 const FOUND_HEADER: &str = "vlinder-found";
 
-/// Serves agents until the future is dropped.
-pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+/// The bridge for one instance, on a socket that it alone reaches.
+pub(crate) fn face(shared: &Arc<Shared>, caller: &Arc<Caller>) -> BridgeFace {
+    let (shared, caller) = (shared.clone(), caller.clone());
+    BridgeFace::new(move |listener| Box::pin(serve(listener, shared.clone(), Some(caller.clone()))))
+}
+
+/// Serves agents until the future is dropped: one whom the socket tells, or any that shows its secret.
+pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>, caller: Option<Arc<Caller>>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -73,9 +81,9 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let shared = shared.clone();
+                let (shared, caller) = (shared.clone(), caller.clone());
                 connections.spawn(async move {
-                    connection(stream, shared).await;
+                    connection(stream, shared, caller).await;
                     drop(place);
                 });
             }
@@ -87,18 +95,19 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(stream: TcpStream, shared: Arc<Shared>) {
+async fn connection(stream: TcpStream, shared: Arc<Shared>, caller: Option<Arc<Caller>>) {
     let Ok(stream) = QuickAck::new(stream) else {
         return;
     };
     let service = service_fn(move |request| {
-        let shared = shared.clone();
-        async move { Ok::<_, Infallible>(answer(request, shared).await) }
+        let (shared, caller) = (shared.clone(), caller.clone());
+        async move { Ok::<_, Infallible>(answer(request, shared, caller).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_MAX)
         .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
         .await;
     if let Err(error) = served {
         tracing::debug!(%error, "an agent's connection ended");
@@ -113,8 +122,17 @@ struct Allowed {
     label: Option<String>,
 }
 
-async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Reply {
-    let allowed = match allow(&request, &shared) {
+async fn answer(
+    request: Request<Incoming>,
+    shared: Arc<Shared>,
+    caller: Option<Arc<Caller>>,
+) -> Reply {
+    if let Some(caller) = &caller
+        && let Some(to) = egress::outside(request.method(), request.uri())
+    {
+        return egress::answer(request, &shared, caller, to).await;
+    }
+    let allowed = match allow(&request, &shared, caller) {
         Ok(allowed) => allowed,
         Err(refusal) => return refusal,
     };
@@ -171,7 +189,11 @@ fn too_large() -> Reply {
     clippy::result_large_err,
     reason = "the refusal is the answer itself, made once a call"
 )]
-fn allow(request: &Request<Incoming>, shared: &Shared) -> Result<Allowed, Reply> {
+fn allow(
+    request: &Request<Incoming>,
+    shared: &Shared,
+    caller: Option<Arc<Caller>>,
+) -> Result<Allowed, Reply> {
     let header = |name: &str| {
         request
             .headers()
@@ -179,20 +201,14 @@ fn allow(request: &Request<Incoming>, shared: &Shared) -> Result<Allowed, Reply>
             .and_then(|value| value.to_str().ok())
     };
     let host = header(HOST.as_str());
-    let path = route::parse(request.uri().path(), host).ok_or_else(|| {
-        error(
-            401,
-            "no_secret",
-            "the path must begin with the secret of VLINDER_BRIDGE_URL",
-        )
-    })?;
-    let caller = shared.callers.by_secret(path.secret).ok_or_else(|| {
-        error(
-            401,
-            "unknown_secret",
-            "use VLINDER_BRIDGE_URL as it is in the environment",
-        )
-    })?;
+    let (caller, path) = match caller {
+        Some(caller) => {
+            let path = route::parse_known(request.uri().path(), host);
+            let path = path.ok_or_else(|| error(414, "too_long", "the path is too long"))?;
+            (caller, path)
+        }
+        None => by_secret(request.uri().path(), host, shared)?,
+    };
     let manifest = caller.deployment.manifest();
     let target = route::target(manifest, request.method(), path.service, path.call)
         .map_err(|refusal| refused(&refusal, &path))?;
@@ -218,6 +234,33 @@ fn allow(request: &Request<Incoming>, shared: &Shared) -> Result<Allowed, Reply>
         target,
         label,
     })
+}
+
+/// Who shows a secret that this worker gave out, and what is left of the path.
+#[expect(
+    clippy::result_large_err,
+    reason = "the refusal is the answer itself, made once a call"
+)]
+fn by_secret<'a>(
+    path: &'a str,
+    host: Option<&'a str>,
+    shared: &Shared,
+) -> Result<(Arc<Caller>, route::Path<'a>), Reply> {
+    let path = route::parse(path, host).ok_or_else(|| {
+        error(
+            401,
+            "no_secret",
+            "the path must begin with the secret of VLINDER_BRIDGE_URL",
+        )
+    })?;
+    let caller = shared.callers.by_secret(path.secret).ok_or_else(|| {
+        error(
+            401,
+            "unknown_secret",
+            "use VLINDER_BRIDGE_URL as it is in the environment",
+        )
+    })?;
+    Ok((caller, path))
 }
 
 fn refused(refusal: &Refusal, path: &route::Path<'_>) -> Reply {

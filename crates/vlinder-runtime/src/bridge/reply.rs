@@ -1,7 +1,7 @@
 //! What the bridge answers: bodies and errors.
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, SizeHint};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use std::pin::Pin;
@@ -14,6 +14,8 @@ pub(crate) enum ReplyBody {
     Whole(Option<Bytes>),
     /// Comes in pieces; an error breaks the connection off.
     Pieces(mpsc::Receiver<Result<Bytes, Broken>>),
+    /// Comes from a host outside, as it is.
+    Outside(Incoming),
 }
 
 /// A streamed answer that cannot be completed. Half an answer must not pass for a whole one.
@@ -34,11 +36,18 @@ impl Body for ReplyBody {
             Self::Pieces(pieces) => pieces
                 .poll_recv(cx)
                 .map(|piece| piece.map(|piece| piece.map(Frame::data))),
+            Self::Outside(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map(|frame| frame.map(|frame| frame.map_err(super::egress::broken))),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None))
+        match self {
+            Self::Whole(bytes) => bytes.is_none(),
+            Self::Pieces(_) => false,
+            Self::Outside(body) => body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -47,6 +56,7 @@ impl Body for ReplyBody {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
             Self::Pieces(_) => SizeHint::default(),
+            Self::Outside(body) => body.size_hint(),
         }
     }
 }

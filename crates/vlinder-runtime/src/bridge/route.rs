@@ -11,7 +11,7 @@ const DOMAIN: &str = ".vlinder.local";
 /// A path of the bridge, taken apart.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Path<'a> {
-    /// Who calls.
+    /// Who calls; empty where that is known without it.
     pub secret: &'a str,
     /// Which service, by the name that agents use.
     pub service: &'a str,
@@ -25,17 +25,31 @@ pub(crate) fn parse<'a>(path: &'a str, host: Option<&'a str>) -> Option<Path<'a>
         return None;
     }
     let (secret, rest) = path.strip_prefix('/')?.split_once('/')?;
+    Some(take_apart(secret, rest, host))
+}
+
+/// Reads `/<call…>` where the `Host` names the service, else `/<service>/<call…>`, of a caller who is
+/// known by his socket.
+pub(crate) fn parse_known<'a>(path: &'a str, host: Option<&'a str>) -> Option<Path<'a>> {
+    if path.len() > PATH_BYTES_MAX {
+        return None;
+    }
+    let rest = path.strip_prefix('/').unwrap_or(path);
+    Some(take_apart("", rest, host))
+}
+
+fn take_apart<'a>(secret: &'a str, rest: &'a str, host: Option<&'a str>) -> Path<'a> {
     let host = host.map(|host| host.split(':').next().unwrap_or(host));
     let by_host = host.and_then(|host| host.strip_suffix(DOMAIN));
     let (service, call) = match by_host {
         Some(service) => (service, rest),
         None => rest.split_once('/').unwrap_or((rest, "")),
     };
-    Some(Path {
+    Path {
         secret,
         service,
         call,
-    })
+    }
 }
 
 /// What an agent asks for.
@@ -242,6 +256,15 @@ mod tests {
             path("s", "ollama", "api/chat")
         );
         assert_eq!(parse("/s/get", Some("127.0.0.1")), path("s", "get", ""));
+        let named = Some("sqlite-kv.vlinder.local:3544");
+        assert_eq!(parse_known("/get", named), path("", "sqlite-kv", "get"));
+        assert_eq!(
+            parse_known("/ollama/api/chat", Some("127.0.0.1:3544")),
+            path("", "ollama", "api/chat")
+        );
+        assert_eq!(parse_known("/", named), path("", "sqlite-kv", ""));
+        assert_eq!(parse_known("", None), path("", "", ""));
+        assert_eq!(parse_known(&"/a".repeat(1000), None), None);
         for bad in ["", "/", "/s", "x/y/z", &format!("/s/{}", "a/".repeat(1000))] {
             assert_eq!(parse(bad, None), None, "{bad:?}");
         }

@@ -8,9 +8,8 @@
 //! It does not confine what the agent may reach; that is features D6.
 
 mod command;
-mod output;
 
-use crate::launcher::{Deployment, Exit, Instance, LaunchError, LaunchSpec, Launcher};
+use crate::launcher::{Connect, Deployment, Exit, Instance, LaunchError, LaunchSpec, Launcher};
 use crate::logs::{AgentLogs, Live};
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal};
@@ -137,7 +136,7 @@ impl Launcher for ProcessLauncher {
         };
         let lifeline = child.stdin.take();
         self.logs.begin(agent.as_str(), spec.replica);
-        let flood = output::capture(&mut child, &self.logs, spec);
+        let flood = crate::output::capture(&mut child, &self.logs, spec);
         Ok(Box::new(ProcessInstance {
             group,
             child,
@@ -171,30 +170,20 @@ fn environment(
     } else {
         options.path.clone()
     };
-    let bridge = format!("http://{}/{}", spec.bridge, spec.secret);
     let mut variables: Vec<(OsString, OsString)> = vec![
         ("PATH".into(), path),
         ("HOME".into(), dir.into()),
         ("LANG".into(), "C.UTF-8".into()),
         ("TMPDIR".into(), "/tmp".into()),
         ("PORT".into(), port.to_string().into()),
-        ("VLINDER_BRIDGE_URL".into(), bridge.into()),
         ("VLINDER_AGENT".into(), manifest.name.to_string().into()),
     ];
-    for (name, text) in &manifest.prompts {
-        // No other character may stand in the name of a variable, and no NUL in its value.
-        let name: String = name
-            .chars()
-            .map(|c| {
-                if c.is_ascii_alphanumeric() {
-                    c.to_ascii_uppercase()
-                } else {
-                    '_'
-                }
-            })
-            .collect();
-        let text = text.replace('\0', "");
-        variables.push((format!("VLINDER_PROMPT_{name}").into(), text.into()));
+    if let Some(bridge) = spec.bridge {
+        let url = format!("http://{bridge}/{}", spec.secret);
+        variables.push(("VLINDER_BRIDGE_URL".into(), url.into()));
+    }
+    for (name, text) in crate::launcher::prompts(manifest) {
+        variables.push((name.into(), text.into()));
     }
     variables
 }
@@ -288,8 +277,8 @@ struct ProcessInstance {
 
 #[async_trait]
 impl Instance for ProcessInstance {
-    fn address(&self) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, self.port.number).into()
+    fn connector(&self) -> Arc<dyn Connect> {
+        Arc::new(SocketAddr::from((Ipv4Addr::LOCALHOST, self.port.number)))
     }
 
     fn pid(&self) -> u32 {

@@ -391,6 +391,11 @@ impl<'a> Turn<'a> {
             }
         };
         let worked = self.beside(live, work).await;
+        if matches!(worked, Ok((Err(Fault::Gone(_)), _))) && invocation.void().is_none() {
+            // Why it hung up is worth a moment: most likely it has ended.
+            let within = self.agent.shared.launcher.end_known_within();
+            let _ = tokio::time::timeout(within, replica.gone()).await;
+        }
         invocation.close();
         drop(open);
         let tried = match (worked, invocation.void()) {

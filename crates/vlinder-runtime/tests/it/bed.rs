@@ -150,7 +150,7 @@ impl Bed {
                 .iter()
                 .map(|(k, v)| (k.to_string(), v.to_string()))
                 .collect::<BTreeMap<_, _>>(),
-            bridge: std::net::TcpListener::bind("127.0.0.1:0").unwrap(),
+            bridge: Some(std::net::TcpListener::bind("127.0.0.1:0").unwrap()),
             drain_within: Duration::from_secs(10),
             secrets: Arc::new(TestSecrets),
         };

@@ -24,25 +24,13 @@ const FLOOD_PAUSE: Duration = Duration::from_millis(50);
 
 /// Starts reading both streams of a child. The readers end with the pipes: when everything that the
 /// child started has ended. Gives the bytes that are dropped, as they grow.
-pub(super) fn capture(
+pub(crate) fn capture(
     child: &mut Child,
     logs: &Arc<AgentLogs>,
     spec: &LaunchSpec,
 ) -> Arc<AtomicU64> {
     let flood = Arc::<AtomicU64>::default();
-    let agent = spec.deployment.name().to_string();
-    let sink = |stream| Sink {
-        logs: logs.clone(),
-        agent: agent.clone(),
-        replica: spec.replica,
-        stream,
-        line: Vec::new(),
-        is_cut: false,
-        dropped: 0,
-        flood: flood.clone(),
-        budget: KEPT_BYTES_MAX,
-        refilled: Instant::now(),
-    };
+    let sink = |stream| Sink::new(logs, spec, stream, flood.clone());
     if let Some(pipe) = child.stdout.take() {
         tokio::spawn(read(pipe, sink(Stream::Stdout)));
     }
@@ -60,15 +48,13 @@ async fn read(mut pipe: impl AsyncRead + Unpin, mut sink: Sink) {
             Ok(0) | Err(_) => break,
             Ok(_) => sink.take(&buffer),
         }
-        if sink.budget == 0 {
-            tokio::time::sleep(FLOOD_PAUSE).await;
-        }
+        sink.pace().await;
     }
     sink.end();
 }
 
 /// Cuts a stream into lines and hands them to the log, as long as the budget lasts.
-struct Sink {
+pub(crate) struct Sink {
     logs: Arc<AgentLogs>,
     agent: String,
     replica: u32,
@@ -84,7 +70,36 @@ struct Sink {
 }
 
 impl Sink {
-    fn take(&mut self, bytes: &[u8]) {
+    /// A sink for one stream of an instance.
+    pub fn new(
+        logs: &Arc<AgentLogs>,
+        spec: &LaunchSpec,
+        stream: Stream,
+        flood: Arc<AtomicU64>,
+    ) -> Self {
+        Self {
+            logs: logs.clone(),
+            agent: spec.deployment.name().to_string(),
+            replica: spec.replica,
+            stream,
+            line: Vec::new(),
+            is_cut: false,
+            dropped: 0,
+            flood,
+            budget: KEPT_BYTES_MAX,
+            refilled: Instant::now(),
+        }
+    }
+
+    /// Pauses where the stream has printed more than it may.
+    pub async fn pace(&self) {
+        if self.budget == 0 {
+            tokio::time::sleep(FLOOD_PAUSE).await;
+        }
+    }
+
+    /// Takes what was printed next.
+    pub fn take(&mut self, bytes: &[u8]) {
         let seconds = self.refilled.elapsed().as_secs();
         if seconds > 0 {
             self.refilled = Instant::now();
@@ -146,7 +161,8 @@ impl Sink {
             .write(&self.agent, self.replica, self.stream, line);
     }
 
-    fn end(mut self) {
+    /// Nothing more comes.
+    pub fn end(mut self) {
         if !self.line.is_empty() {
             self.flush_line();
         }

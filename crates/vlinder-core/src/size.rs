@@ -1,7 +1,7 @@
 //! Sizes in bytes, with decimal (`MB`) and binary (`MiB`) units.
 
-/// Largest size: what a TOML integer holds.
-const SIZE_MAX: u64 = i64::MAX as u64;
+/// Largest size in bytes: what a TOML integer holds.
+pub const SIZE_MAX: u64 = i64::MAX as u64;
 
 const UNITS: [(&str, u64); 9] = [
     ("TiB", 1 << 40),
@@ -16,7 +16,7 @@ const UNITS: [(&str, u64); 9] = [
 ];
 
 /// `10GiB`, `64 MB`, `1024`: a whole number and an optional unit, in any case.
-pub(super) fn parse(text: &str) -> Option<u64> {
+pub fn parse(text: &str) -> Option<u64> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().ok()?;
@@ -36,7 +36,7 @@ pub(super) fn parse(text: &str) -> Option<u64> {
 }
 
 /// The shortest exact form with a binary unit.
-pub(super) fn format(bytes: u64) -> String {
+pub fn format(bytes: u64) -> String {
     let binary = UNITS
         .iter()
         .take(4)
