@@ -45,8 +45,7 @@ async fn wait_containers(node: &str, count: usize) -> Vec<Container> {
 async fn a_container_agent_is_deployed_works_and_goes() {
     let image = Image::agent();
     for spec in [NodeSpec::embedded()] {
-        let node = spec.start().await;
-        let _cleaned = Cleaned::of(&node);
+        let (_cleaned, node) = Cleaned::start(&spec).await;
         deployed(&node, &image, "").await;
         assert_eq!(containers(spec.name()).len(), 1);
         assert_eq!(
@@ -95,8 +94,7 @@ async fn wait_put(node: &Node, submission: &str) {
 #[tokio::test]
 async fn a_turn_outlives_the_death_of_its_container() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "").await;
     let old = containers(node.spec().name()).remove(0);
     let args = ["--session", "s", "--submission", "x"];
@@ -130,8 +128,7 @@ async fn worker(node: &Node) -> Worker {
 async fn containers_outlive_their_worker() {
     let nats = NatsServer::start(CURRENT).await;
     let image = Image::agent();
-    let node = Node::on(&nats).await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::on(&nats)).await;
     deployed(&node, &image, "replicas = 2").await;
     let before = wait_containers(node.spec().name(), 2).await;
     // Killed between turns: the next worker goes on with them.
@@ -185,8 +182,7 @@ async fn wait_containers_of_none(gone: &[Container]) {
 #[tokio::test]
 async fn containers_outlive_the_daemon() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "").await;
     assert_eq!(said(&node, "count").await, "1");
     let before = containers(node.spec().name());
@@ -204,8 +200,7 @@ async fn containers_outlive_the_daemon() {
 #[tokio::test]
 async fn an_agent_out_of_memory_is_told_so() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "[resources]\nmemory = \"64MiB\"").await;
     let failed = run(&node, AGENT, "count; eat 200", &["--session", "s"]).await;
     assert_eq!(failed.code, Some(6), "{failed:#?}");
@@ -225,8 +220,7 @@ async fn what_is_wrong_with_an_image_is_told_at_deploy() {
     let mute = Image::with(&["CMD [\"/agent\", \"mute\"]"]);
     let empty = Image::with(&[]);
     let absent = Image::with(&["CMD [\"/nothing\"]"]);
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     for (name, image, words) in [
         (
             "missing",
@@ -297,8 +291,7 @@ async fn what_is_wrong_with_an_image_is_told_at_deploy() {
 #[tokio::test]
 async fn an_agent_that_hangs_is_replaced() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "timeout = \"3s\"").await;
     let before = containers(node.spec().name());
     let failed = run(&node, AGENT, "count; sleep 1000", &[]).await;
@@ -316,8 +309,7 @@ async fn an_agent_reaches_nothing_but_the_bridge() {
     let open = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let open = open.local_addr().unwrap().port();
     let image = Image::agent();
-    let node = Node::on(&nats).await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::on(&nats)).await;
     deployed(&node, &image, "").await;
     let other = written(&node, "other", &image.name, "");
     deploy(&node, &other).await;
@@ -422,8 +414,7 @@ async fn an_agent_gets_what_its_manifest_says() {
         "WORKDIR /tmp",
     ]);
     let volumes = docker(&["volume", "ls", "-q"]);
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     let lines = "[resources]\nmemory = \"96MiB\"\ncpus = 0.5\npids = 20\n[prompts]\nsystem = \"Be brief.\\nAlways.\"";
     deployed(&node, &image, lines).await;
     assert_eq!(
@@ -450,8 +441,7 @@ async fn an_agent_gets_what_its_manifest_says() {
 #[tokio::test]
 async fn four_containers_serve_four_turns_at_once() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "replicas = 4").await;
     wait_for(
         "four replicas",
@@ -485,8 +475,7 @@ async fn four_containers_serve_four_turns_at_once() {
 #[tokio::test]
 async fn a_redeploy_under_load_fails_no_turn() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     deployed(&node, &image, "replicas = 2").await;
     let first = containers(node.spec().name());
     let done = AtomicBool::new(false);
@@ -528,8 +517,7 @@ async fn a_redeploy_under_load_fails_no_turn() {
 #[tokio::test]
 async fn twenty_deployments_leave_nothing() {
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     let data = node.spec().data_dir().join("run/containers");
     let seen = || {
         let files = fs::read_dir(&data).map_or(0, |found| found.count());
@@ -567,14 +555,10 @@ async fn twenty_deployments_leave_nothing() {
 #[tokio::test]
 async fn a_pinned_image_stays_what_it_was() {
     let image = Image::with(&["CMD [\"/agent\"]", "ENV COLOUR=blue"]);
-    let first = image.id();
     for (policy, colour) in [("pinned", "blue"), ("mutable", "red")] {
         image.import(&["CMD [\"/agent\"]", "ENV COLOUR=blue"]);
-        let node = NodeSpec::embedded()
-            .var("VLINDER_RUNTIME_IMAGE_POLICY", policy)
-            .start()
-            .await;
-        let _cleaned = Cleaned::of(&node);
+        let spec = NodeSpec::embedded().var("VLINDER_RUNTIME_IMAGE_POLICY", policy);
+        let (_cleaned, node) = Cleaned::start(&spec).await;
         deployed(&node, &image, "").await;
         assert_eq!(said(&node, "env COLOUR").await, "blue");
         // The name gets another meaning; then the container dies, and the daemon.
@@ -598,9 +582,6 @@ async fn a_pinned_image_stays_what_it_was() {
         .await;
         node.stop_cleanly().await;
     }
-    let _ = std::process::Command::new("docker")
-        .args(["image", "rm", "-f", &first])
-        .output();
 }
 
 /// A server outside, as far as agents are concerned: answers each request with what was asked for.
@@ -630,8 +611,7 @@ async fn outside() -> u16 {
 async fn the_way_out_leads_where_the_manifest_says_and_is_on_record() {
     let (allowed, refused) = (outside().await, outside().await);
     let image = Image::agent();
-    let node = Node::embedded().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&NodeSpec::embedded()).await;
     let lines =
         format!("[requirements]\negress = [\"127.0.0.1:{allowed}\", \"localhost:{refused}\"]");
     deployed(&node, &image, &lines).await;
@@ -706,8 +686,7 @@ async fn the_role_waits_for_docker_and_comes_to_life() {
     let spec = NodeSpec::embedded();
     let socket = spec.home().join("docker.sock");
     let spec = spec.var("VLINDER_RUNTIME_DOCKER_HOST", socket.display());
-    let node = spec.start().await;
-    let _cleaned = Cleaned::of(&node);
+    let (_cleaned, node) = Cleaned::start(&spec).await;
     let state = |wanted: &'static str| {
         node.wait_workers(wanted, DOCKER_DEADLINE, move |workers| {
             let container = workers

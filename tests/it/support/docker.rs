@@ -2,7 +2,8 @@
 //!
 //! Where there is no Docker these tests fail and say so; `scripts/test` leaves them out there, loudly.
 
-use super::Node;
+use super::{Node, NodeSpec};
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -58,6 +59,8 @@ fn program() -> PathBuf {
 pub struct Image {
     /// By which agents name it.
     pub name: String,
+    /// All that the name has meant.
+    ids: RefCell<Vec<String>>,
 }
 
 impl Image {
@@ -70,6 +73,7 @@ impl Image {
     pub fn with(changes: &[&str]) -> Self {
         let image = Self {
             name: format!("vlinder-test-{:016x}:1", rand::random::<u64>()),
+            ids: RefCell::default(),
         };
         image.import(changes);
         image
@@ -100,6 +104,7 @@ impl Image {
         let imported = import.output().expect("docker can be run");
         let said = String::from_utf8_lossy(&imported.stderr);
         assert!(imported.status.success(), "these tests need Docker: {said}");
+        self.ids.borrow_mut().push(self.id());
     }
 
     /// Its id.
@@ -110,9 +115,12 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        let _ = Command::new("docker")
-            .args(["image", "rm", "-f", &self.name])
-            .output();
+        // It is gone already where two of them were equal.
+        for image in std::iter::once(&self.name).chain(self.ids.get_mut().iter()) {
+            let _ = Command::new("docker")
+                .args(["image", "rm", "-f", image])
+                .output();
+        }
     }
 }
 
@@ -155,25 +163,24 @@ pub fn containers(node: &str) -> Vec<Container> {
     found
 }
 
-/// Removes whatever containers a node has left, also when a test fails.
-pub struct Cleaned(pub String);
+/// Removes whatever containers a node has left when its test fails.
+pub struct Cleaned(String);
 
 impl Cleaned {
-    pub fn of(node: &Node) -> Self {
-        Self(node.spec().name().to_owned())
+    /// Starts a node that is cleaned up after; the node must be dropped first, so it comes last.
+    pub async fn start(spec: &NodeSpec) -> (Self, Node) {
+        let cleaned = Self(spec.name().to_owned());
+        (cleaned, spec.start().await)
     }
 }
 
 impl Drop for Cleaned {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let filter = format!("label=io.vlinder.node={}", self.0);
-            let ids = Command::new("docker")
-                .args(["ps", "-aq", "--filter", &filter])
-                .output();
-            let ids = ids.map(|done| done.stdout).unwrap_or_default();
-            for id in String::from_utf8_lossy(&ids).lines() {
-                let _ = Command::new("docker").args(["rm", "-fv", id]).output();
+            for container in containers(&self.0) {
+                let _ = Command::new("docker")
+                    .args(["rm", "-fv", &container.id])
+                    .output();
             }
         }
     }
