@@ -19,8 +19,8 @@ pub struct Row {
     pub lane: usize,
     /// Lanes that pass or begin or end here.
     lines: Vec<Line>,
-    /// The lane from which this one branches off here.
-    from: Option<usize>,
+    /// Lanes that leave others here: from which, to which, and whether to this row's own turn.
+    forks: Vec<Fork>,
 }
 
 /// A lane's part in one row.
@@ -29,6 +29,15 @@ struct Line {
     lane: usize,
     above: bool,
     below: bool,
+}
+
+/// A lane that leaves another one in the row below the turn that it begins at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Fork {
+    from: usize,
+    to: usize,
+    /// It ends at this row's turn, not below it.
+    ends_here: bool,
 }
 
 /// All rows of a session.
@@ -68,39 +77,55 @@ impl Graph {
         let lane = |turn: &Turn| lane_of.get(turn.branch.as_str()).copied().unwrap_or(0);
         let lanes_of: Vec<usize> = turns.iter().map(lane).collect();
         let mut reach: HashMap<usize, (usize, usize)> = HashMap::new();
-        let mut from: Vec<Option<usize>> = vec![None; turns.len()];
+        let mut forks: Vec<Vec<Fork>> = vec![Vec::new(); turns.len()];
         for (row, turn) in turns.iter().enumerate() {
             let own = lanes_of[row];
-            extend(&mut reach, own, row);
             let parent = before.get(&turn.submission).and_then(|id| row_of.get(id));
             if let Some(&parent) = parent.filter(|parent| **parent < row)
                 && lanes_of[parent] != own
             {
-                // The line that it leaves goes on to here.
-                extend(&mut reach, lanes_of[parent], row);
-                from[row] = Some(lanes_of[parent]);
+                // It leaves right below the turn that it begins at, however much later it goes on.
+                forks[parent + 1].push(Fork {
+                    from: lanes_of[parent],
+                    to: own,
+                    ends_here: parent + 1 == row,
+                });
+                extend(&mut reach, own, parent + 1);
             }
+            extend(&mut reach, own, row);
         }
-        let rows = turns.into_iter().enumerate().map(|(row, turn)| {
-            let mut lines: Vec<Line> = reach
-                .iter()
-                .filter(|(_, (first, last))| (*first..=*last).contains(&row))
-                .map(|(&lane, &(first, last))| Line {
-                    lane,
-                    above: first < row && (last > row || from[row] != Some(lane)),
-                    below: last > row,
-                })
-                .collect();
-            lines.sort_by_key(|line| line.lane);
-            Row {
-                turn,
-                lane: lanes_of[row],
-                lines,
-                from: from[row],
-            }
-        });
+        let leaves = |row: usize, lane: usize| {
+            let below = forks.get(row + 1);
+            below.is_some_and(|forks| forks.iter().any(|fork| fork.from == lane))
+        };
+        let rows: Vec<Row> = turns
+            .into_iter()
+            .enumerate()
+            .map(|(row, turn)| {
+                let mut lines: Vec<Line> = reach
+                    .iter()
+                    .filter(|(_, (first, last))| (*first..=*last).contains(&row))
+                    .filter(|(lane, _)| {
+                        let drawn = |fork: &Fork| fork.to == **lane && !fork.ends_here;
+                        !forks[row].iter().any(drawn)
+                    })
+                    .map(|(&lane, &(first, last))| Line {
+                        lane,
+                        above: first < row,
+                        below: last > row || leaves(row, lane),
+                    })
+                    .collect();
+                lines.sort_by_key(|line| line.lane);
+                Row {
+                    turn,
+                    lane: lanes_of[row],
+                    lines,
+                    forks: forks[row].clone(),
+                }
+            })
+            .collect();
         Self {
-            rows: rows.collect(),
+            rows,
             lanes: branches.len().max(1),
         }
     }
@@ -119,9 +144,10 @@ impl Graph {
                         line class={ "lane lane-" (line.lane % COLOURS) } x1=(x(line.lane)) y1=(top) x2=(x(line.lane)) y2=(bottom) {}
                     }
                 }
-                @if let Some(from) = row.from {
-                    path class={ "lane lane-" (row.lane % COLOURS) }
-                        d={ "M " (x(from)) " 0 C " (x(from)) " " (middle) ", " (x(row.lane)) " 0, " (x(row.lane)) " " (middle) } {}
+                @for fork in &row.forks {
+                    @let end = if fork.ends_here { middle } else { ROW };
+                    path class={ "lane lane-" (fork.to % COLOURS) }
+                        d={ "M " (x(fork.from)) " 0 C " (x(fork.from)) " " (end) ", " (x(fork.to)) " 0, " (x(fork.to)) " " (end) } {}
                 }
                 circle class={ "dot lane-" (row.lane % COLOURS) } cx=(x(row.lane)) cy=(middle) r="5" {}
             }
@@ -174,40 +200,53 @@ mod tests {
             .map(|row| row.turn.submission.as_str())
             .collect();
         assert_eq!(order, ["a", "b", "c", "d", "e"]);
-        let lanes: Vec<_> = graph.rows.iter().map(|row| (row.lane, row.from)).collect();
-        assert_eq!(
-            lanes,
-            [(0, None), (0, None), (1, Some(0)), (0, None), (1, None)]
-        );
+        let lanes: Vec<_> = graph.rows.iter().map(|row| row.lane).collect();
+        assert_eq!(lanes, [0, 0, 1, 0, 1]);
         let line = |lane, above, below| Line { lane, above, below };
         assert_eq!(graph.rows[0].lines, [line(0, false, true)]);
+        // It leaves below "a", passes "b", and has its first turn at "c".
+        let fork = Fork {
+            from: 0,
+            to: 1,
+            ends_here: false,
+        };
+        assert_eq!(graph.rows[1].forks, [fork]);
+        assert_eq!(graph.rows[1].lines, [line(0, true, true)]);
         assert_eq!(
             graph.rows[2].lines,
-            [line(0, true, true), line(1, false, true)]
+            [line(0, true, true), line(1, true, true)]
         );
         assert_eq!(
             graph.rows[3].lines,
             [line(0, true, false), line(1, true, true)]
         );
         assert_eq!(graph.rows[4].lines, [line(1, true, false)]);
-        let drawn = graph.draw(&graph.rows[2]).into_string();
+        let drawn = graph.draw(&graph.rows[1]).into_string();
         assert!(drawn.contains("<path") && drawn.contains("<circle"));
     }
 
     #[test]
-    fn a_line_that_ended_reaches_the_fork_that_leaves_it() {
+    fn a_fork_of_the_last_turn_leaves_it_at_once() {
         let main = vec![turn("a", "main", 1)];
         let fork = vec![turn("a", "main", 1), turn("c", "alt", 3)];
-        let other = vec![turn("x", "other", 2)];
-        let branches = [branch("main"), branch("alt"), branch("other")];
-        let graph = Graph::new(&branches, vec![main, fork, other]);
-        let between = &graph.rows[1];
-        assert_eq!(between.turn.submission, "x");
-        assert!(
-            between
-                .lines
-                .iter()
-                .any(|line| line.lane == 0 && line.above && line.below)
+        let graph = Graph::new(&[branch("main"), branch("alt")], vec![main, fork]);
+        let (first, second) = (&graph.rows[0], &graph.rows[1]);
+        assert!(first.lines[0].below, "its line reaches the fork");
+        assert_eq!(
+            second.forks,
+            [Fork {
+                from: 0,
+                to: 1,
+                ends_here: true
+            }]
+        );
+        assert_eq!(
+            second.lines,
+            [Line {
+                lane: 1,
+                above: false,
+                below: false
+            }]
         );
     }
 
