@@ -155,7 +155,6 @@ fn commands_of_later_releases_are_neither_listed_nor_unknown() {
         &["session", "replay", "s", "--branch", "b"],
         &["session", "repair", "s", "--node", "h", "--with", "f"],
         &["session", "export", "s"],
-        &["fleet", "list"],
         &["why", "t"],
     ] {
         let output = shell.run(args);
