@@ -93,16 +93,21 @@ impl Follower {
         let mut items = self.items(from).await?;
         let projection = self.projection.clone();
         loop {
-            let batch = tokio::select! {
+            let mut batch = Vec::new();
+            let gathered = tokio::select! {
                 biased;
-                () = projection.0.recheck.notified() => return Ok(()),
+                () = projection.0.recheck.notified() => None,
                 // The server was away, and may have come back with less than it had.
-                () = gaps.next() => return Ok(()),
-                batch = next_batch(&mut items, &projection) => batch?,
+                () = gaps.next() => None,
+                gathered = gather(&mut items, &mut batch, &projection) => Some(gathered),
             };
-            self.apply(created_ms, batch.items).await?;
-            if let Some(error) = batch.broken {
-                return Err(error);
+            // Whatever ended it: what was read is kept, since the log may have lost it by now.
+            if !batch.is_empty() {
+                self.apply(created_ms, batch).await?;
+            }
+            match gathered {
+                Some(gathered) => gathered?,
+                None => return Ok(()),
             }
         }
     }
@@ -268,48 +273,35 @@ impl Follower {
     }
 }
 
-/// What was gathered, and the failure that ended the gathering.
-struct Batch {
-    items: Vec<Item>,
-    broken: Option<Error>,
-}
-
 /// Waits for a message and takes what else comes before the batch is full, [`LINGER`] has passed, or
-/// somebody waits for it. Not cancel-safe: what was gathered is read again from the cursor.
-async fn next_batch(items: &mut Items, projection: &Projection) -> Result<Batch, Error> {
+/// somebody waits for it. Cancel-safe: what was taken stands in `batch`, also after a failure.
+async fn gather(
+    items: &mut Items,
+    batch: &mut Vec<Item>,
+    projection: &Projection,
+) -> Result<(), Error> {
     let first = items.next().await.ok_or_else(stream_ended)??;
     let mut bytes = first.weight();
-    let mut batch = Batch {
-        items: vec![first],
-        broken: None,
-    };
+    batch.push(first);
     let inner = &projection.0;
     let linger = tokio::time::sleep(LINGER);
     tokio::pin!(linger);
-    while batch.items.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
+    while batch.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
         let next = match items.next().now_or_never() {
             Some(next) => next,
-            None if inner.applied.receiver_count() > 0 => break,
+            None if inner.applied.receiver_count() > 0 => return Ok(()),
             None => tokio::select! {
                 biased;
                 next = items.next() => next,
                 () = inner.hurry.notified() => continue,
-                () = &mut linger => break,
+                () = &mut linger => return Ok(()),
             },
         };
-        match next {
-            Some(Ok(item)) => {
-                bytes += item.weight();
-                batch.items.push(item);
-            }
-            Some(Err(error)) => {
-                batch.broken = Some(error);
-                break;
-            }
-            None => break,
-        }
+        let item = next.ok_or_else(stream_ended)??;
+        bytes += item.weight();
+        batch.push(item);
     }
-    Ok(batch)
+    Ok(())
 }
 
 /// A stream of the log that ended without saying why is followed again.

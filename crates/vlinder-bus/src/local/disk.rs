@@ -3,10 +3,13 @@
 use crate::error::Error;
 use rusqlite::ffi;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// The disk is looked at after so many bytes written: far below the reserve.
 const LOOK_EVERY: usize = 4 * 1024 * 1024;
+/// And before a write when the last look is older: others fill disks too.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
 /// With less free than this, a failed write is taken for a full disk whatever SQLite called it, in bytes.
 const NEARLY_NOTHING: u64 = 1024 * 1024;
 
@@ -17,6 +20,9 @@ pub(super) struct Disk {
     reserve: u64,
     since_look: AtomicUsize,
     low: AtomicBool,
+    began: Instant,
+    /// When it was looked at last, in milliseconds after `began`.
+    looked_ms: AtomicU64,
     /// The writer could not write its last batch for want of space.
     stuck: AtomicBool,
 }
@@ -29,6 +35,8 @@ impl Disk {
             reserve,
             since_look: AtomicUsize::new(0),
             low: AtomicBool::new(false),
+            began: Instant::now(),
+            looked_ms: AtomicU64::new(0),
             stuck: AtomicBool::new(false),
         };
         disk.look();
@@ -50,7 +58,19 @@ impl Disk {
     fn look(&self) -> bool {
         let low = self.free().is_some_and(|free| free < self.reserve);
         self.low.store(low, Ordering::Relaxed);
+        self.looked_ms.store(self.now_ms(), Ordering::Relaxed);
         low
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    fn is_due(&self) -> bool {
+        let age = self
+            .now_ms()
+            .saturating_sub(self.looked_ms.load(Ordering::Relaxed));
+        u128::from(age) >= LOOK_AFTER.as_millis()
     }
 
     /// So much was written.
@@ -75,7 +95,8 @@ impl Disk {
     /// Refuses new data when there is no room for it.
     pub(super) fn admit(&self) -> Result<(), Error> {
         // While it is low nothing is written that would look, so the one who asks looks.
-        if self.is_stuck() || (self.low.load(Ordering::Relaxed) && self.look()) {
+        let may_be_low = self.low.load(Ordering::Relaxed) || self.is_due();
+        if self.is_stuck() || (may_be_low && self.look()) {
             return Err(self.full());
         }
         Ok(())
@@ -120,4 +141,25 @@ pub(super) enum Trouble {
     Busy,
     /// The store cannot be relied upon any more.
     Broken,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_write_is_seen_before_the_next_message() {
+        const MIB: u64 = 1024 * 1024;
+        let dir = tempfile::tempdir().unwrap();
+        let free = Disk::new(&dir.path().join("bus.db"), 0).free().unwrap();
+        let disk = Disk::new(&dir.path().join("bus.db"), free.saturating_sub(256 * MIB));
+        assert!(disk.admit().is_ok());
+        let other = std::fs::File::create(dir.path().join("other")).unwrap();
+        let flags = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&other, flags, 0, 512 * MIB).unwrap();
+        std::thread::sleep(LOOK_AFTER);
+        assert!(matches!(disk.admit(), Err(Error::DiskFull { .. })));
+        other.set_len(0).unwrap();
+        assert!(disk.admit().is_ok(), "room that came back is used at once");
+    }
 }
