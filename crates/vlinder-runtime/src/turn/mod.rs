@@ -279,22 +279,20 @@ impl<'a> Turn<'a> {
                 }
             };
             let said = (ending.outcome == Outcome::Done).then(|| ending.body.clone());
-            let written = match self.end(ending, invocation.as_deref()).await {
+            // Known before it is written: the next turn may be here before we hear that it was.
+            let known = |end| {
+                let said = said.as_ref().map(|output| (&*input, &**output));
+                let before = self.invoke.node.parents.first().copied();
+                let histories = &self.agent.shared.histories;
+                histories.extend(before, end, history, said);
+            };
+            match self.end_as(ending, invocation.as_deref(), known).await {
                 // What the agent said finds no room; that it did not still does.
                 Err(error) if error.is_full() => {
                     let why = Ending::failed("log_full", &error.to_string());
                     self.end(why, None).await?;
-                    return Ok(());
                 }
                 written => written?,
-            };
-            if let Some(end) = written {
-                let said = said.as_ref().map(|output| (&*input, &**output));
-                let before = self.invoke.node.parents.first().copied();
-                self.agent
-                    .shared
-                    .histories
-                    .extend(before, end, history, said);
             }
             return Ok(());
         }
@@ -521,12 +519,22 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Writes the end, unless there is one. The hash of ours if it won.
+    /// Writes the end, unless there is one.
     async fn end(
         &self,
         ending: Ending,
         invocation: Option<&Invocation>,
-    ) -> Result<Option<NodeHash>, vlinder_bus::Error> {
+    ) -> Result<(), vlinder_bus::Error> {
+        self.end_as(ending, invocation, |_| ()).await
+    }
+
+    /// The same; `known` is told the hash of the end before it is written.
+    async fn end_as(
+        &self,
+        ending: Ending,
+        invocation: Option<&Invocation>,
+        known: impl FnOnce(NodeHash),
+    ) -> Result<(), vlinder_bus::Error> {
         let cx = &self.agent.shared.cx;
         let invoke = &self.facts.invoke;
         let is_done = ending.outcome == Outcome::Done;
@@ -557,11 +565,11 @@ impl<'a> Turn<'a> {
         if !is_done {
             message = message.note(NOTE_REASON, ending.code.unwrap_or("failed"));
         }
+        known(message.node.hash());
         let until = self.facts.deadline.max(Instant::now()) + END_GRACE;
         loop {
             match cx.bus.append(message.clone()).await {
-                Ok(appended) => return Ok(Some(appended.hash)),
-                Err(vlinder_bus::Error::Conflict { .. }) => return Ok(None),
+                Ok(_) | Err(vlinder_bus::Error::Conflict { .. }) => return Ok(()),
                 Err(error) if error.is_retryable() && Instant::now() < until => {
                     tracing::warn!(%error, "the end of a turn cannot be written, trying again");
                 }
