@@ -75,9 +75,10 @@ if (live) {
   events.onerror = () => {
     note.textContent = "Connection lost; trying again.";
   };
-  for (const name of ["worker.changed", "node.changed", "agent.changed"]) events.addEventListener(name, soon);
-  const every = ["worker.ready", "worker.started", "worker.exited", "worker.state", "node.ready", "node.left", "node.lost",
-    "agent.deployed", "agent.deleted", "turn.started", "turn.ended"];
-  for (const name of every) events.addEventListener(name, soon);
+  // A worker's events are named after the state that it is in now.
+  const states = ["starting", "ready", "waiting", "draining", "backoff", "crash-looping", "stopped"];
+  const others = ["node.joined", "node.restarted", "node.left", "agent.deployed", "agent.deleted", "log.healing", "log.healed",
+    "turn.started", "turn.ended"];
+  for (const name of [...states.map((state) => `worker.${state}`), ...others]) events.addEventListener(name, soon);
   events.onmessage = soon;
 }
