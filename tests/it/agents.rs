@@ -99,6 +99,10 @@ async fn failures_are_told(spec: NodeSpec) {
     // Failed turns left no trace in the state.
     assert_eq!(output(&turn(&node, PUPPET, "s", "count").await), "1");
     node.cli(&["session", "verify", "s"]).await.code(0);
+    // Each worker's own log tells of its jobs, tasks of one process though they may be.
+    let logs = ["worker", "logs", "agent.process"];
+    let said = node.cli(&logs).await.code(0).stdout;
+    assert!(said.contains("trying a turn again"), "{said}");
     // None of it was felt by a worker.
     let after = node.workers().await;
     assert_eq!(

@@ -21,7 +21,7 @@ const SECRET_DEADLINE: Duration = Duration::from_secs(5);
 const SECRET_RETRY: Duration = Duration::from_secs(1);
 
 /// Where to connect to a service: at `own` first, where this node serves it itself.
-pub fn addresses_of(config: &Config, own: Option<&Url>, service: Service) -> Vec<String> {
+fn addresses_of(config: &Config, own: Option<&Url>, service: Service) -> Vec<String> {
     let text = |url: &Url| url.as_str().trim_end_matches('/').to_owned();
     let is_elsewhere = |url: &&Url| {
         let host = url.host_str().unwrap_or_default();
@@ -41,11 +41,8 @@ pub fn addresses_of(config: &Config, own: Option<&Url>, service: Service) -> Vec
     urls
 }
 
-/// A client of some services, wherever they are at the time.
+/// A client of some services, made anew when they are elsewhere than before.
 pub struct Peers {
-    config: Arc<Config>,
-    data_dir: PathBuf,
-    token: String,
     services: &'static [Service],
     /// The client of the addresses beside it.
     client: Mutex<Option<(Addresses, Client)>>,
@@ -54,31 +51,27 @@ pub struct Peers {
 type Addresses = Vec<(Service, Vec<String>)>;
 
 impl Peers {
-    pub fn new(
-        config: Arc<Config>,
-        cx: &WorkerCx,
-        token: &str,
-        services: &'static [Service],
-    ) -> Self {
+    pub fn new(services: &'static [Service]) -> Self {
         Self {
-            config,
-            data_dir: cx.data_dir.to_path_buf(),
-            token: token.to_owned(),
             services,
             client: Mutex::default(),
         }
     }
 
-    /// A client of where they are now.
-    pub fn client(&self) -> Result<Client, Error> {
-        let own = NodeAddresses::read(&self.data_dir).ok().flatten();
+    /// A client of where they are now: at `own`, where this node serves one itself, then where `config`
+    /// says.
+    pub fn client(
+        &self,
+        config: &Config,
+        token: Option<&str>,
+        own: impl Fn(Service) -> Option<Url>,
+    ) -> Result<Client, Error> {
         let addresses: Addresses = self
             .services
             .iter()
             .map(|&service| {
-                // A node without the service writes there what its configuration says.
-                let own = own.as_ref().and_then(|own| own.get(service));
-                (service, addresses_of(&self.config, own, service))
+                let own = own(service);
+                (service, addresses_of(config, own.as_ref(), service))
             })
             .collect();
         let mut known = self.client.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,18 +81,50 @@ impl Peers {
             return Ok(client.clone());
         }
         let namespace = Namespace::default_ns();
-        let client = Client::of(addresses.clone(), Some(&self.token), namespace.as_str())?;
+        let client = Client::of(addresses.clone(), token, namespace.as_str())?;
         *known = Some((addresses, client.clone()));
         Ok(client)
     }
 }
 
+/// The same for a worker, which reads in the data directory where its node serves what.
+pub struct WorkerPeers {
+    peers: Peers,
+    config: Arc<Config>,
+    data_dir: PathBuf,
+    token: String,
+}
+
+impl WorkerPeers {
+    pub fn new(
+        config: Arc<Config>,
+        cx: &WorkerCx,
+        token: &str,
+        services: &'static [Service],
+    ) -> Self {
+        Self {
+            peers: Peers::new(services),
+            config,
+            data_dir: cx.data_dir.to_path_buf(),
+            token: token.to_owned(),
+        }
+    }
+
+    /// A client of where they are now.
+    pub fn client(&self) -> Result<Client, Error> {
+        let own = NodeAddresses::read(&self.data_dir).ok().flatten();
+        // A node without the service writes there what its configuration says.
+        let own = |service| own.as_ref().and_then(|own| own.get(service)).cloned();
+        self.peers.client(&self.config, Some(&self.token), own)
+    }
+}
+
 /// Reads secrets from the secret service, wherever it is at the time.
-pub struct SecretReader(Peers);
+pub struct SecretReader(WorkerPeers);
 
 impl SecretReader {
     pub fn new(config: Arc<Config>, cx: &WorkerCx, token: &str) -> Self {
-        Self(Peers::new(config, cx, token, &[Service::Secret]))
+        Self(WorkerPeers::new(config, cx, token, &[Service::Secret]))
     }
 
     fn client(&self) -> Result<Client, Error> {

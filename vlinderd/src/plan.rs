@@ -148,7 +148,7 @@ fn task(config: &Arc<Config>, data_dir: &Path, token: &str, bus: &Bus) -> Progra
     Program::Task(Arc::new(move |start, handle, events| {
         let (config, data_dir) = (config.clone(), data_dir.clone());
         let (token, bus) = (token.clone(), bus.clone());
-        let span = tracing::info_span!("worker", role = start.role.as_str(), index = start.index);
+        let span = tracing::error_span!("worker", role = start.role.as_str(), index = start.index);
         let work = worker::serve(start, handle, events, bus, config, data_dir, token);
         Box::pin(tracing::Instrument::instrument(work, span))
     }))

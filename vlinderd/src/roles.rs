@@ -1,7 +1,7 @@
 //! Which code serves which role: the one place that knows all of them.
 
 use crate::listeners::GRPC;
-use crate::peers::{FollowedSecret, Peers, SecretReader};
+use crate::peers::{FollowedSecret, SecretReader, WorkerPeers};
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -199,7 +199,7 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
         WorkerRole::DagGit => wait(cx, "this release has no git projection yet").await,
         WorkerRole::SessionViewer => {
             let services = &[Service::State, Service::Registry, Service::Harness];
-            let peers = Peers::new(config.clone(), &cx, &setup.token, services);
+            let peers = WorkerPeers::new(config.clone(), &cx, &setup.token, services);
             let path = crate::console::socket_of(&cx.data_dir, cx.id.index);
             if path.as_os_str().len() > SOCKET_PATH_MAX {
                 let reason = format!("the path of its socket is too long: {}", path.display());

@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use vlinder_bus::{QueueSpec, Subject, subjects};
 use vlinder_core::Selector;
 use vlinder_worker::{Error, Handler, Slots, WorkerCx, serve_queue_in};
@@ -57,8 +58,8 @@ impl Queues {
                     ..self.cx.clone()
                 };
                 let (slots, handler) = (self.slots.clone(), self.handler.clone());
-                self.tasks
-                    .spawn(async move { serve_queue_in(&cx, queue, slots, handler).await });
+                let serving = async move { serve_queue_in(&cx, queue, slots, handler).await };
+                self.tasks.spawn(serving.in_current_span());
             }
             self.serving.insert(model.clone(), pulling);
         }

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use vlinder_bus::streams::{BUCKET_NODES, BUCKET_REPLICAS};
 use vlinder_bus::{KvEntry, KvEvent, QueueSpec, subjects};
 use vlinder_core::AgentName;
@@ -467,7 +468,7 @@ impl Fleet {
         let wanted = running.wanted.subscribe();
         let life = holder::hold(agent, index, revision, wanted, status_tx, stop.clone());
         running.held.insert(index, Held { status, stop });
-        self.replicas.spawn(life);
+        self.replicas.spawn(life.in_current_span());
     }
 
     /// The first replica of an agent here: its turns are pulled as soon as one is ready.
@@ -496,13 +497,14 @@ impl Fleet {
         let handler = Arc::new(TurnHandler(agent.clone()));
         let slots = agent.pool.slots().clone();
         let delegated = agent.pool.delegated_slots().clone();
-        self.queues.spawn(async move {
+        let serving = async move {
             let outcome = tokio::try_join!(
                 serve_queue_in(&cx, spec, slots, handler.clone()),
                 serve_queue_in(&cx, delegations, delegated, handler),
             );
             (name, outcome.map(|_| ()))
-        });
+        };
+        self.queues.spawn(serving.in_current_span());
         Running {
             agent,
             wanted: watch::Sender::new(deployment.clone()),

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 /// How long an instance may take from its start until it answers `GET /health`.
 const START_MAX: Duration = Duration::from_secs(60);
@@ -72,7 +73,8 @@ pub(crate) async fn run(
         let deployment = wanted.borrow_and_update().clone();
         let (tx, mut rx) = watch::channel(Status::default());
         let end = CancellationToken::new();
-        lives.spawn(keep(agent.clone(), index, deployment, tx, end.clone()));
+        let life = keep(agent.clone(), index, deployment, tx, end.clone());
+        lives.spawn(life.in_current_span());
         let mut old = current.take();
         if let Some((end, status)) = &old
             && status.borrow().state != "ready"

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 /// How long an instance without a turn stays.
 const LINGER: Duration = Duration::from_secs(3);
@@ -28,7 +29,7 @@ const _: () = assert!(INDEX_FIRST > vlinder_core::manifest::REPLICAS_MAX);
 /// Starts one and lets it serve to its end. The pool counts it as starting already.
 pub(crate) fn spawn(agent: &Arc<Agent>, deployment: Arc<Deployment>) {
     // Ends with its agent, with the worker, or when nobody needs it.
-    tokio::spawn(run(agent.clone(), deployment));
+    tokio::spawn(run(agent.clone(), deployment).in_current_span());
 }
 
 async fn run(agent: Arc<Agent>, deployment: Arc<Deployment>) {

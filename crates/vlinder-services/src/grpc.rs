@@ -13,6 +13,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpConnectInfo;
 use tower::{Layer, Service};
+use tracing::Instrument;
 use vlinder_worker::Error;
 
 /// Requests that one connection may have in flight.
@@ -62,6 +63,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .layer(CallsLayer {
             calls: calls.clone(),
+            span: tracing::Span::current(),
         })
         .layer(AuthLayer { gate })
         .add_routes(routes)
@@ -92,6 +94,8 @@ pub async fn serve(
 #[derive(Clone)]
 struct CallsLayer {
     calls: TaskTracker,
+    /// The worker's: connections are tasks of the server's own.
+    span: tracing::Span,
 }
 
 impl<S> Layer<S> for CallsLayer {
@@ -100,6 +104,7 @@ impl<S> Layer<S> for CallsLayer {
         Calls {
             inner,
             calls: self.calls.clone(),
+            span: self.span.clone(),
         }
     }
 }
@@ -109,6 +114,7 @@ impl<S> Layer<S> for CallsLayer {
 struct Calls<S> {
     inner: S,
     calls: TaskTracker,
+    span: tracing::Span,
 }
 
 impl<S, B> Service<hyper::Request<B>> for Calls<S>
@@ -126,7 +132,8 @@ where
 
     fn call(&mut self, request: hyper::Request<B>) -> Self::Future {
         let in_flight = self.calls.token();
-        let answered = self.inner.call(request);
+        let answered = self.span.in_scope(|| self.inner.call(request));
+        let answered = answered.instrument(self.span.clone());
         Box::pin(async move {
             let answer = answered.await?;
             Ok(answer.map(|body| {

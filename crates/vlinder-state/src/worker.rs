@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use vlinder_worker::WorkerCx;
 
 /// How long a start waits for the projection to catch up. After that the worker serves, and reads
@@ -34,7 +35,7 @@ impl StateWorker {
         let _ = projection.0.reporter.set(reporter);
         // Not `cx.drain` itself: while the worker drains, reads that run still need the barrier.
         let stop = CancellationToken::new();
-        let follower = tokio::spawn(follower.run(stop.clone()));
+        let follower = tokio::spawn(follower.run(stop.clone()).in_current_span());
         let worker = Self {
             service: StateService::new(projection.clone()),
             projection,

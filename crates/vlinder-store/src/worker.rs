@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use vlinder_bus::{QueueSpec, Stored, Subject, subjects};
 use vlinder_core::Selector;
 use vlinder_core::record::{CallStatus, Request};
@@ -64,8 +65,9 @@ pub async fn run(cx: WorkerCx, service: Service) -> Result<(), Error> {
             if served.insert(store.clone()) {
                 let queue = queue_of(&cx, service, &store);
                 let (cx, handler) = (cx.clone(), handler.clone());
-                queues
-                    .spawn(async move { serve_queue(&cx, queue, SLOTS_PER_STORE, handler).await });
+                let serving =
+                    async move { serve_queue(&cx, queue, SLOTS_PER_STORE, handler).await };
+                queues.spawn(serving.in_current_span());
             }
         }
         if !is_ready {

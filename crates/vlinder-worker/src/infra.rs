@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
+use tracing::Instrument;
 use vlinder_bus::{Bus, Message, Stored, StreamName, Subject, subjects};
 use vlinder_core::manifest::AgentManifest;
 use vlinder_core::record::InfraEvent;
@@ -150,7 +151,7 @@ impl InfraView {
         }
         let (tx, rx) = watch::channel(Arc::new(infra.clone()));
         let task_bus = bus.clone();
-        tokio::spawn(async move {
+        let following = async move {
             loop {
                 tokio::select! {
                     () = tx.closed() => return,
@@ -164,7 +165,8 @@ impl InfraView {
                     },
                 }
             }
-        });
+        };
+        tokio::spawn(following.in_current_span());
         Ok(Self { rx, bus, ns })
     }
 

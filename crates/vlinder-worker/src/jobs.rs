@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use vlinder_bus::streams::{BUCKET_DEATHS, PROGRESS_EVERY};
 use vlinder_bus::{Bus, Delivery, QueueSpec, Stored};
 
@@ -246,11 +247,12 @@ pub async fn serve_queue_in(
             cx.control.held(&held);
             let slot = slots.take();
             let (cx, handler, under_way) = (cx.clone(), handler.clone(), under_way.clone());
-            running.spawn(async move {
+            let run = async move {
                 run_job(&cx, delivery, &name, handler, under_way).await;
                 cx.control.released(&held);
                 drop(slot);
-            });
+            };
+            running.spawn(run.in_current_span());
         }
     }
     if let Some(mut puller) = puller {
@@ -333,7 +335,7 @@ async fn run_job(
     }
     let (bus, stream) = (cx.bus.clone(), delivery.stream().clone());
     // A task of its own contains a panic.
-    let work = tokio::spawn(async move {
+    let work = async move {
         let (_guard, was_under_way) = under_way.alone(stored.seq).await;
         if was_under_way {
             attempt = attempt.max(2);
@@ -355,7 +357,8 @@ async fn run_job(
             return Outcome::RetryAfter(HEALED_RETRY);
         }
         handler.handle(Job { stored, attempt }).await
-    });
+    };
+    let work = tokio::spawn(work.in_current_span());
     let abort = work.abort_handle();
     let _abort_when_dropped = AbortOnDrop(abort);
     tokio::pin!(work);

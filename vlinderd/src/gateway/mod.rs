@@ -15,7 +15,7 @@ mod wire;
 
 use crate::listeners::Listeners;
 use crate::node::{NodeFace, now_ms};
-use crate::peers::addresses_of;
+use crate::peers::Peers;
 use axum::Router;
 use axum::body::to_bytes;
 use axum::extract::{Path, Request, State};
@@ -24,7 +24,7 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
 use serde_json::{Value, json};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Code;
@@ -47,7 +47,7 @@ const PARSE_HERE_MAX: usize = 256 * 1024;
 /// How long the tokens of a turn are asked for; then the answer goes out without them.
 const USAGE_DEADLINE: Duration = Duration::from_secs(3);
 /// The services that it is a client of.
-const SERVICES: [Service; 3] = [Service::Harness, Service::Registry, Service::State];
+static SERVICES: [Service; 3] = [Service::Harness, Service::Registry, Service::State];
 
 const SESSION_HEADER: HeaderName = HeaderName::from_static("x-vlinder-session");
 const BRANCH_HEADER: HeaderName = HeaderName::from_static("x-vlinder-branch");
@@ -64,13 +64,10 @@ struct Gateway(Arc<Shared>);
 struct Shared {
     node: Arc<NodeFace>,
     listeners: Arc<Listeners>,
-    /// The client of the addresses beside it: these may change with the configuration.
-    client: Mutex<Option<(Addresses, Client)>>,
+    peers: Peers,
     turns: Arc<Semaphore>,
     bodies: Arc<Semaphore>,
 }
-
-type Addresses = Vec<(Service, Vec<String>)>;
 
 /// The routes of the gateway. They do not check the credential: whoever nests them does.
 pub fn routes<S: Clone + Send + Sync + 'static>(
@@ -80,7 +77,7 @@ pub fn routes<S: Clone + Send + Sync + 'static>(
     let gateway = Gateway(Arc::new(Shared {
         node,
         listeners,
-        client: Mutex::default(),
+        peers: Peers::new(&SERVICES),
         turns: Arc::new(Semaphore::new(TURNS_MAX)),
         bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX / BODY_UNIT_BYTES)),
     }));
@@ -169,28 +166,16 @@ fn refused(failed: &Error) -> Response {
 }
 
 impl Gateway {
-    /// A client of where the services are now.
+    /// A client of where the services are now: that may change with the configuration.
     fn client(&self) -> Result<Client, Error> {
         let config = self.0.node.config.borrow().clone();
-        let listening = self.0.listeners.addresses();
-        let addresses: Addresses = SERVICES
-            .into_iter()
-            .map(|service| {
-                let runs_here = self.0.listeners.of(service.role()).is_some();
-                let own = listening.get(service).filter(|_| runs_here);
-                (service, addresses_of(&config, own, service))
-            })
-            .collect();
-        let mut known = self.0.client.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, client)) = &*known
-            && *of == addresses
-        {
-            return Ok(client.clone());
-        }
         let token = config.auth.token.as_ref().map(|token| token.expose());
-        let client = Client::of(addresses.clone(), token, "default")?;
-        *known = Some((addresses, client.clone()));
-        Ok(client)
+        let listening = self.0.listeners.addresses();
+        let own = |service: Service| {
+            let runs_here = self.0.listeners.of(service.role()).is_some();
+            listening.get(service).filter(|_| runs_here).cloned()
+        };
+        self.0.peers.client(&config, token, own)
     }
 
     /// Reads a body, if it has room.

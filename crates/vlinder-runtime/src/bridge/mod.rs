@@ -44,6 +44,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use vlinder_bus::subjects;
 use vlinder_core::record::CallResult;
 use vlinder_core::{BODY_BYTES_MAX, Selector};
@@ -82,10 +83,11 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>, caller: Op
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (shared, caller) = (shared.clone(), caller.clone());
-                connections.spawn(async move {
+                let serving = async move {
                     connection(stream, shared, caller).await;
                     drop(place);
-                });
+                };
+                connections.spawn(serving.in_current_span());
             }
             Err(error) => {
                 tracing::warn!(%error, "the bridge cannot accept a connection");
@@ -450,7 +452,8 @@ async fn run(
     }
     let shared = shared.clone();
     // Ends with the answer or with the turn.
-    let work = tokio::spawn(async move { call::perform(&shared, &invocation, ask).await });
+    let work = async move { call::perform(&shared, &invocation, ask).await };
+    let work = tokio::spawn(work.in_current_span());
     work.await.unwrap_or(Err(CallError::Closed))
 }
 

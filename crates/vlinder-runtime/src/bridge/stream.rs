@@ -19,6 +19,7 @@ use futures::stream::BoxStream;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 use vlinder_bus::{Signal, subjects};
 
 /// Pieces on their way to the agent; a slow reader slows only itself.
@@ -126,7 +127,7 @@ pub(crate) async fn perform(
         open,
     };
     // Ends with the answer, with the agent's connection or with the turn.
-    tokio::spawn(streaming.run());
+    tokio::spawn(streaming.run().in_current_span());
     match head.await {
         Ok(Head::Pieces) => Ok(streamed(200, content_type, pieces)),
         Ok(Head::Whole(outcome)) => outcome,

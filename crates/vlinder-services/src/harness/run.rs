@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use tracing::Instrument;
 use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_BY};
 use vlinder_bus::{Gaps, Message, Seen, Signal, Stored, subjects};
 use vlinder_core::manifest::TIMEOUT_MAX;
@@ -377,7 +378,7 @@ impl Turn {
         place: tokio::sync::OwnedSemaphorePermit,
     ) -> impl Stream<Item = Result<proto::RunEvent, Status>> + Send {
         let (tx, rx) = mpsc::channel(EVENTS_MAX);
-        tokio::spawn(async move {
+        let following = async move {
             let last = match self.follow(&shared, &tx).await {
                 Ok(Some((event, _))) => Ok(event),
                 Ok(None) => return,
@@ -389,7 +390,8 @@ impl Turn {
                 }))
                 .await;
             drop(place);
-        });
+        };
+        tokio::spawn(following.in_current_span());
         ReceiverStream::new(rx)
     }
 
