@@ -325,6 +325,12 @@ fn hostile_vectors_are_refused() {
     check("search", r#"{"vector":[1,2],"limit":0}"#, "bad_limit");
     check("search", r#"{"vector":[1,2],"limit":1001}"#, "bad_limit");
     check("search", r#"{"vector":[1,2],"limit":-1}"#, "bad_request");
+    check("search", r#"{"vector":[1,2],"filter":[]}"#, "bad_filter");
+    check(
+        "search",
+        r#"{"vector":[1,2],"filter":{"a":{"$near":1}}}"#,
+        "bad_filter",
+    );
     check("store", r#"{"key":"","vector":[1,2]}"#, "bad_key");
     check("delete", r#"{"key":"a\u0000"}"#, "bad_key");
     check(

@@ -1,34 +1,57 @@
-//! Decoded vectors of the states searched last. A search after a few changes reads only these,
+//! Codes of the vectors of the states searched last. A search after a few changes reads only these,
 //! through the difference of the two states.
+//!
+//! What is kept is a cache by state: it can be dropped at any time, and a fork or a state of the past
+//! finds its own, or follows from a near one, or is read from the tree.
 
+use super::codes::{Bounds, Coded, Query};
 use super::{decode, not_a_vector, user_key};
 use std::collections::{HashMap, VecDeque};
 use vlinder_core::StateRoot;
-use vlinder_core::merkle::{self, Change, Chunks};
+use vlinder_core::merkle::{self, Change, Chunks, Value};
 
 /// Most states whose vectors are kept.
 pub const STATES_MAX: usize = 4;
-/// Most memory for kept vectors, in bytes. More are searched all the same, straight from the tree.
+/// Most memory for kept vectors, in bytes: some 250,000 of 768 dimensions. More are searched all the
+/// same, straight from the tree.
 pub const BYTES_MAX: usize = 256 * 1024 * 1024;
-/// Most changes that are followed from a kept state to the one that is asked for; beyond, reading
-/// the tree afresh is no dearer.
-const CHANGES_MAX: usize = 1000;
-/// What an entry takes beside its contents, in bytes: the slot, the index, two allocations.
-const ENTRY_OVERHEAD: usize = 128;
+/// Changes that are followed at least from a kept state to the one that is asked for.
+const CHANGES_MIN: usize = 1000;
+/// Beyond this part of the vectors, reading the tree afresh is no dearer than following the changes.
+const CHANGES_PART: usize = 4;
+/// Metadata of at most so many bytes is kept beside the codes; longer ones are read when asked for.
+const METADATA_KEPT_MAX: usize = 1024;
+/// What an entry takes beside its contents, in bytes: the slot, the index, three allocations.
+const ENTRY_OVERHEAD: usize = 240;
 
-/// The vectors of one store in one state.
+/// The vectors of one store in one state, as codes.
 pub(super) struct Vectors {
     dimension: usize,
     slots: Vec<Slot>,
-    /// The numbers of slot `i` are at `i * dimension`.
-    numbers: Vec<f32>,
-    index: HashMap<String, usize>,
+    /// The codes of slot `i` are at `i * dimension`.
+    codes: Vec<i8>,
+    index: HashMap<Box<str>, usize>,
     bytes: usize,
 }
 
-struct Slot {
-    key: String,
-    metadata: Vec<u8>,
+pub(super) struct Slot {
+    pub(super) key: Box<str>,
+    /// Where the vector itself is.
+    pub(super) value: Value,
+    /// `None` where it is too long to be kept.
+    pub(super) metadata: Option<Box<[u8]>>,
+    coded: Coded,
+}
+
+impl Slot {
+    fn cost(&self, dimension: usize) -> usize {
+        let inline = match &self.value {
+            Value::Inline(bytes) => bytes.len(),
+            Value::Chunk { .. } => 0,
+        };
+        let metadata = self.metadata.as_ref().map_or(0, |metadata| metadata.len());
+        ENTRY_OVERHEAD + 2 * self.key.len() + inline + metadata + dimension
+    }
 }
 
 impl Vectors {
@@ -36,7 +59,7 @@ impl Vectors {
         Self {
             dimension,
             slots: Vec::new(),
-            numbers: Vec::new(),
+            codes: Vec::new(),
             index: HashMap::new(),
             bytes: 0,
         }
@@ -47,26 +70,35 @@ impl Vectors {
         self.bytes <= BYTES_MAX
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &[f32], &[u8])> {
-        let numbers = self.numbers.chunks_exact(self.dimension);
-        let entries = self.slots.iter().zip(numbers);
-        entries.map(|(slot, numbers)| (slot.key.as_str(), numbers, slot.metadata.as_slice()))
+    /// How much memory they take, about.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
-    fn cost(&self, key: &str, metadata: &[u8]) -> usize {
-        ENTRY_OVERHEAD + 2 * key.len() + metadata.len() + 4 * self.dimension
+    pub(super) fn slot(&self, at: usize) -> &Slot {
+        &self.slots[at]
+    }
+
+    /// How far each vector is from the query, as far as its codes tell; by place.
+    pub(super) fn bounds(&self, query: &Query) -> impl Iterator<Item = Bounds> {
+        let codes = self.codes.chunks_exact(self.dimension);
+        let entries = self.slots.iter().zip(codes);
+        entries.map(|(slot, codes)| query.bounds(codes, &slot.coded))
     }
 
     /// Adds or replaces a vector, which has the dimension of the others.
-    pub(super) fn set(&mut self, key: &str, numbers: &[f32], metadata: &[u8]) {
+    pub(super) fn set(&mut self, key: &str, value: Value, numbers: &[f32], metadata: &[u8]) {
         self.remove(key);
-        self.bytes += self.cost(key, metadata);
-        self.index.insert(key.to_owned(), self.slots.len());
-        self.slots.push(Slot {
-            key: key.to_owned(),
-            metadata: metadata.to_vec(),
-        });
-        self.numbers.extend_from_slice(numbers);
+        let coded = Coded::encode(numbers, &mut self.codes);
+        let slot = Slot {
+            key: key.into(),
+            value,
+            metadata: (metadata.len() <= METADATA_KEPT_MAX).then(|| metadata.into()),
+            coded,
+        };
+        self.bytes += slot.cost(self.dimension);
+        self.index.insert(key.into(), self.slots.len());
+        self.slots.push(slot);
     }
 
     /// Removes a vector; the last one takes its place.
@@ -75,10 +107,10 @@ impl Vectors {
             return;
         };
         let slot = self.slots.swap_remove(at);
-        self.bytes -= self.cost(key, &slot.metadata);
+        self.bytes -= slot.cost(self.dimension);
         let last = self.slots.len() * self.dimension;
-        self.numbers.copy_within(last.., at * self.dimension);
-        self.numbers.truncate(last);
+        self.codes.copy_within(last.., at * self.dimension);
+        self.codes.truncate(last);
         if let Some(moved) = self.slots.get(at) {
             self.index.insert(moved.key.clone(), at);
         }
@@ -118,7 +150,8 @@ impl Cache {
             if !of_this_store(kept) {
                 continue;
             }
-            let Some(changes) = changes(chunks, kept.state, state)? else {
+            let most = CHANGES_MIN.max(kept.vectors.slots.len() / CHANGES_PART);
+            let Some(changes) = changes(chunks, kept.state, state, most)? else {
                 continue;
             };
             // A kept state that is left half changed by a damaged chunk would lie: take it out first.
@@ -132,6 +165,13 @@ impl Cache {
             return Ok(self.kept.front().map(|kept| &kept.vectors));
         }
         Ok(None)
+    }
+
+    /// Forgets as much as it takes to hold `bytes` more.
+    pub(super) fn make_room(&mut self, bytes: usize) {
+        while !self.kept.is_empty() && self.bytes() + bytes > BYTES_MAX {
+            self.kept.pop_back();
+        }
     }
 
     pub(super) fn keep(&mut self, state: StateRoot, prefix: Vec<u8>, vectors: Vectors) {
@@ -151,26 +191,28 @@ impl Cache {
 
     /// Forgets what was used longest ago. What is in use stays until the next call.
     fn shrink(&mut self) {
-        let bytes =
-            |kept: &VecDeque<Kept>| kept.iter().map(|kept| kept.vectors.bytes).sum::<usize>();
-        while self.kept.len() > STATES_MAX || (self.kept.len() > 1 && bytes(&self.kept) > BYTES_MAX)
-        {
+        while self.kept.len() > STATES_MAX || (self.kept.len() > 1 && self.bytes() > BYTES_MAX) {
             self.kept.pop_back();
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.kept.iter().map(|kept| kept.vectors.bytes).sum()
     }
 }
 
 type Changes = Vec<(Vec<u8>, Change)>;
 
-/// How `new` differs from `old`; `None` if by too much.
+/// How `new` differs from `old`; `None` if by more than `most`.
 fn changes<C: Chunks>(
     chunks: &C,
     old: StateRoot,
     new: StateRoot,
+    most: usize,
 ) -> Result<Option<Changes>, merkle::Error<C::Error>> {
     let mut changes = Changes::new();
     for change in merkle::diff(chunks, Some(old), Some(new))? {
-        if changes.len() == CHANGES_MAX {
+        if changes.len() == most {
             return Ok(None);
         }
         changes.push(change?);
@@ -196,10 +238,10 @@ fn follow<C: Chunks>(
             kept.vectors.remove(key);
             continue;
         };
-        let bytes = merkle::read(chunks, value)?;
+        let bytes = merkle::read(chunks, value.clone())?;
         let metadata = decode(&bytes, kept.vectors.dimension, &mut numbers);
         let metadata = metadata.ok_or_else(|| not_a_vector(hash))?;
-        kept.vectors.set(key, &numbers, metadata);
+        kept.vectors.set(key, value, &numbers, metadata);
     }
     Ok(())
 }

@@ -2,11 +2,14 @@
 //!
 //! Vectors lie in the same tree as everything else of a session, one value each, so they are
 //! versioned like the rest. The first vector fixes the dimension of its store; with the last one
-//! the dimension goes too, so that an emptied store leaves no trace in the state. Search is exact:
-//! every vector of the store is measured (Euclidean distance). No index, hence nothing that could
-//! disagree with the contents.
+//! the dimension goes too, so that an emptied store leaves no trace in the state. Search is exact
+//! (Euclidean distance), however many there are: what stands in for an index are codes of the vectors
+//! with proven errors, cached by state, which rule out most of them without reading them
+//! (docs/vectors.md).
 
 mod cache;
+mod codes;
+mod filter;
 mod search;
 
 pub use cache::Cache;
