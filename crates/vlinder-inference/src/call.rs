@@ -7,7 +7,8 @@
 //! The turn's end is watched live; an end that a lost connection to the bus hid is not noticed, and
 //! the call then lasts until it is answered or its deadline passes.
 
-use crate::discovery::Health;
+use crate::circuit::{self, Circuits};
+use crate::discovery::{Health, is_named};
 use crate::relay::{self, ANSWER_BYTES_MAX, Broken, Patience};
 use crate::upstream::{self, Upstream};
 use crate::{Options, operations, retry, usage};
@@ -20,7 +21,9 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use vlinder_bus::{Stored, Subject, subjects};
+use vlinder_core::Selector;
 use vlinder_core::record::{CallStatus, Request};
+use vlinder_worker::serving::Serving;
 use vlinder_worker::{Answer, Service, ServiceOutcome, WorkerCx};
 
 /// Pause before a call is tried again whose turn could not be looked at on the bus.
@@ -36,6 +39,7 @@ pub struct Calls {
     cx: WorkerCx,
     upstream: Arc<Upstream>,
     health: Arc<Health>,
+    circuits: Arc<Circuits>,
     options: Options,
     /// Bounds the calls at the upstream, however many queues the worker pulls from.
     at_upstream: Semaphore,
@@ -49,6 +53,8 @@ enum Failure {
     Away(String),
     /// Connected, but not one byte of an answer.
     NoAnswer(String),
+    /// Its circuit is open: nothing was sent.
+    Refused(circuit::Refused),
     /// 429 or 5xx: the answer to keep if it stays like that, and when to come again.
     Busy(Answer, Option<Duration>),
 }
@@ -59,6 +65,7 @@ impl Calls {
         cx: WorkerCx,
         upstream: Arc<Upstream>,
         health: Arc<Health>,
+        circuits: Arc<Circuits>,
         options: Options,
     ) -> Arc<Self> {
         let at_upstream = Semaphore::new(options.slots);
@@ -66,6 +73,7 @@ impl Calls {
             cx,
             upstream,
             health,
+            circuits,
             options,
             at_upstream,
         })
@@ -111,10 +119,18 @@ impl Calls {
 
     async fn answer(&self, request: &Request, stored: &Stored, body: Bytes) -> ServiceOutcome {
         let mut tried = 0;
+        let mut earlier = None;
         loop {
             tried += 1;
             let failure = match self.one_try(request, stored, body.clone()).await {
                 Ok(answer) => return ServiceOutcome::Answer(answer),
+                Err(Failure::Refused(refused)) => {
+                    // What the upstream itself has said to this call says more.
+                    return match earlier {
+                        Some(earlier) => outcome_of(earlier),
+                        None => self.refused(request, &refused).await,
+                    };
+                }
                 Err(failure) => failure,
             };
             if matches!(failure, Failure::Away(_)) {
@@ -128,7 +144,45 @@ impl Calls {
                 reason = self.hand_back() => return ServiceOutcome::RetryAfter(pause, reason),
                 () = tokio::time::sleep(pause) => {}
             }
+            earlier = Some(failure);
         }
+    }
+
+    /// What becomes of a call that is not sent because its model keeps failing here.
+    async fn refused(&self, request: &Request, refused: &circuit::Refused) -> ServiceOutcome {
+        let (backend, model) = (self.options.backend, &request.selector);
+        let (failures, reason) = (refused.failures, &refused.reason);
+        let again = circuit::again(refused.again_in);
+        let upstream = self.upstream.shown();
+        let message = format!(
+            "{backend} at {upstream} failed {failures} times in a row with {model} (the last time: {reason}); \
+             {again}"
+        );
+        if self.is_offered_elsewhere(model).await {
+            return ServiceOutcome::RetryAfter(AWAY_PAUSE, message);
+        }
+        let answer = Answer::error(503, "upstream_failing", &message);
+        ServiceOutcome::Answer(answer)
+    }
+
+    /// Whether another upstream of this kind offers the model now.
+    async fn is_offered_elsewhere(&self, model: &Selector) -> bool {
+        let backend = self.options.backend;
+        let (node, endpoint) = (self.cx.id.node.as_str(), self.upstream.shown());
+        let serving = match Serving::read(&self.cx.bus).await {
+            Ok(serving) => serving,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look who else offers a model");
+                return false;
+            }
+        };
+        serving.offers().iter().any(|offer| {
+            let is_other = offer.node != node || offer.endpoint != endpoint;
+            let mut models = offer.models.iter();
+            is_other
+                && offer.backend == backend.as_str()
+                && models.any(|offered| is_named(backend, &offered.name, model))
+        })
     }
 
     /// `None`: there is no next try.
@@ -139,7 +193,7 @@ impl Calls {
         deadline_ms: u64,
     ) -> Option<Duration> {
         let asked = match failure {
-            Failure::HandBack(..) => return None,
+            Failure::HandBack(..) | Failure::Refused(_) => return None,
             Failure::Away(_) | Failure::NoAnswer(_) => None,
             Failure::Busy(_, asked) => *asked,
         };
@@ -170,6 +224,31 @@ impl Calls {
                 permit = self.at_upstream.acquire() => permit.expect("the semaphore is never closed"),
             },
         };
+        let pass = self.circuits.admit(&request.selector);
+        let pass = pass.map_err(Failure::Refused)?;
+        let tried = self.send(request, stored, body).await;
+        match &tried {
+            Ok(answer) if answer.http == 502 => pass.failed("its answer broke off or had no end"),
+            Ok(_) => pass.succeeded(),
+            Err(Failure::NoAnswer(reason)) => pass.failed(reason),
+            Err(Failure::Busy(answer, _)) if answer.http >= 500 => {
+                pass.failed(&format!("it answered {}", answer.http));
+            }
+            // It works, and asks for less.
+            Err(Failure::Busy(..)) => pass.succeeded(),
+            // Says nothing about the model.
+            Err(Failure::HandBack(..) | Failure::Away(_) | Failure::Refused(_)) => drop(pass),
+        }
+        tried
+    }
+
+    /// Sends the call and reads its answer.
+    async fn send(
+        &self,
+        request: &Request,
+        stored: &Stored,
+        body: Bytes,
+    ) -> Result<Answer, Failure> {
         let began = Instant::now();
         let first_byte = self.options.first_byte_timeout;
         let sent = self.upstream.post(&request.operation, body, &stored.hash);
@@ -255,6 +334,9 @@ fn outcome_of(failure: Failure) -> ServiceOutcome {
             ServiceOutcome::Answer(Answer::error(504, "upstream_silent", &reason))
         }
         Failure::Busy(answer, _) => ServiceOutcome::Answer(answer),
+        Failure::Refused(refused) => {
+            ServiceOutcome::RetryAfter(AWAY_PAUSE.max(refused.again_in), refused.reason)
+        }
     }
 }
 

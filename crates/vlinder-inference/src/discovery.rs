@@ -8,6 +8,7 @@
 
 use crate::Backend;
 use crate::call::Calls;
+use crate::circuit::Circuits;
 use crate::queues::Queues;
 use crate::upstream::Upstream;
 use serde_json::json;
@@ -104,6 +105,7 @@ pub async fn run(
     cx: WorkerCx,
     upstream: Arc<Upstream>,
     health: Arc<Health>,
+    circuits: Arc<Circuits>,
     calls: Arc<Calls>,
     slots: usize,
 ) -> Result<(), Error> {
@@ -115,6 +117,7 @@ pub async fn run(
         cx,
         upstream,
         health,
+        circuits,
         infra,
         queues,
         offered: None,
@@ -131,6 +134,7 @@ struct Discovery {
     cx: WorkerCx,
     upstream: Arc<Upstream>,
     health: Arc<Health>,
+    circuits: Arc<Circuits>,
     infra: InfraView,
     queues: Queues,
     /// What the cluster was told last, and when.
@@ -182,14 +186,35 @@ impl Discovery {
     }
 
     async fn upstream_has(&mut self, models: Vec<OfferedModel>) {
-        let names = selectors(self.upstream.backend(), &models);
+        let backend = self.upstream.backend();
+        let names = selectors(backend, &models);
         let served = within_limit(names, &named_by_agents(&self.infra.now()));
         self.away_for = 0;
         self.health.learn(None, served.clone());
         self.queues.serve(&served);
         self.make_known(&served).await;
-        self.tell(None);
-        self.offer(models, None).await;
+        let failing = self.circuits.open();
+        self.note_circuits(failing.len());
+        // Its work is still pulled, so that whoever asks is told, and one call may probe; but it is not
+        // offered, so that others who have it are asked first.
+        let offered = models.into_iter().filter(|model| {
+            !failing
+                .keys()
+                .any(|failing| is_named(backend, &model.name, failing))
+        });
+        let offered = offered.collect();
+        let failing: Vec<String> = failing.into_values().collect();
+        let problem = (!failing.is_empty())
+            .then(|| format!("{}: {}", self.upstream.shown(), failing.join("; ")));
+        self.tell(problem);
+        self.offer(offered, None).await;
+    }
+
+    /// For `worker list` and the metrics.
+    fn note_circuits(&self, open: usize) {
+        let control = &self.cx.control;
+        control.note("circuits_open", &open.to_string());
+        control.note("circuits_opened_total", &self.circuits.opened().to_string());
     }
 
     async fn upstream_is_away(&mut self, problem: String) {
@@ -207,7 +232,7 @@ impl Discovery {
         }
         match &problem {
             Some(problem) => {
-                tracing::info!(problem, "the upstream is away");
+                tracing::info!(problem, "the upstream is away or fails");
                 self.cx.control.waiting(problem);
             }
             None => {
@@ -278,14 +303,24 @@ impl Discovery {
 fn selectors(backend: Backend, models: &[OfferedModel]) -> BTreeSet<Selector> {
     let mut selectors = BTreeSet::new();
     for model in models {
-        let alias = match backend {
-            Backend::Ollama => model.name.strip_suffix(":latest"),
-            Backend::Openai | Backend::Openrouter | Backend::Anthropic => None,
-        };
-        let names = [Some(model.name.as_str()), alias].into_iter().flatten();
+        let names = [Some(model.name.as_str()), alias(backend, &model.name)];
+        let names = names.into_iter().flatten();
         selectors.extend(names.filter_map(|name| Selector::new(name).ok()));
     }
     selectors
+}
+
+/// With Ollama the tag `latest` may be left out.
+fn alias(backend: Backend, name: &str) -> Option<&str> {
+    match backend {
+        Backend::Ollama => name.strip_suffix(":latest"),
+        Backend::Openai | Backend::Openrouter | Backend::Anthropic => None,
+    }
+}
+
+/// Whether the model of that name may be asked for as `selector`.
+pub fn is_named(backend: Backend, name: &str, selector: &Selector) -> bool {
+    name == selector.as_str() || alias(backend, name) == Some(selector.as_str())
 }
 
 /// The models that deployed agents name.

@@ -5,7 +5,7 @@
 //!   those models and of no others; while the upstream is away it pulls nothing, so that the work
 //!   goes to other workers or waits (features E6, E9).
 //! * `call` answers one request: forwards the bytes as the agent wrote them, retries what may be
-//!   retried, ends with the turn. `relay` streams the answer, `retry` and `usage` are pure.
+//!   retried, ends with the turn. `circuit` decides when a model that keeps failing is left alone. `relay` streams the answer, `retry` and `usage` are pure.
 //! * `upstream` is the HTTP client, `operations` the closed list of paths an agent may reach.
 //!
 //! Guarantees: bodies pass unchanged in both directions, errors of the upstream too. A call that
@@ -18,6 +18,7 @@
 //! It does not translate between wire formats, count budgets or cache answers.
 
 mod call;
+mod circuit;
 mod discovery;
 mod operations;
 mod queues;
@@ -26,6 +27,7 @@ mod retry;
 mod upstream;
 mod usage;
 
+pub use circuit::Limits as CircuitLimits;
 pub use reqwest::Url;
 pub use upstream::Error;
 
@@ -130,6 +132,8 @@ pub struct Options {
     pub idle_timeout: Duration,
     /// Never is a call tried again sooner than this.
     pub retry_floor: Duration,
+    /// When a model of the upstream that keeps failing is left alone.
+    pub circuit: CircuitLimits,
 }
 
 impl Options {
@@ -144,6 +148,7 @@ impl Options {
             first_byte_timeout: Duration::from_secs(120),
             idle_timeout: Duration::from_secs(60),
             retry_floor: Duration::from_millis(250),
+            circuit: CircuitLimits::default(),
         }
     }
 }
@@ -171,11 +176,16 @@ pub async fn run(cx: WorkerCx, options: Options) -> Result<(), vlinder_worker::E
         .map_err(|error| vlinder_worker::Error::Config(error.to_string()))?;
     let upstream = Arc::new(upstream);
     let health = Arc::new(discovery::Health::new());
+    let circuits = circuit::Circuits::new(options.circuit, {
+        let health = health.clone();
+        move || health.look_now()
+    });
     let calls = call::Calls::new(
         cx.clone(),
         upstream.clone(),
         health.clone(),
+        circuits.clone(),
         options.clone(),
     );
-    discovery::run(cx, upstream, health, calls, options.slots).await
+    discovery::run(cx, upstream, health, circuits, calls, options.slots).await
 }

@@ -19,6 +19,8 @@ async fn faults_are_retried_within_bounds_and_then_told() {
     let model = Model::start(&["--model-name", MODEL]).await;
     let mut limits = options(Backend::Ollama, &model.url);
     limits.first_byte_timeout = Duration::from_secs(20);
+    // This one is about single calls.
+    limits.circuit.failures = 100;
     let (bed, worker) = ready(limits).await;
     let ask_chat = async |streams| {
         bed.ask(ollama("api/chat", &chat(streams)))
@@ -167,5 +169,69 @@ async fn an_upstream_that_says_nothing_is_left() {
     assert!(!got.body.is_empty() && got.streamed == got.body);
     let calls = model.log(1, 1).await;
     assert!(calls[0]["cancelled"] == true, "{calls:?}");
+    worker.drained().await;
+}
+
+#[tokio::test]
+async fn a_model_that_keeps_failing_is_left_alone_until_it_answers_again() {
+    let model = Model::start(&["--model-name", MODEL]).await;
+    let mut limits = options(Backend::Ollama, &model.url);
+    limits.circuit.pause = Duration::from_secs(2);
+    let (bed, worker) = ready(limits).await;
+    let ask_chat = async || {
+        bed.ask(ollama("api/chat", &chat(false)))
+            .await
+            .answer()
+            .await
+    };
+    model
+        .faults(json!([{ "kind": "status", "status": 500, "times": 100 }]))
+        .await;
+    // Four tries; the fifth, of another call, opens the circuit. Both get the upstream's own words.
+    for _ in 0..2 {
+        let got = ask_chat().await;
+        assert_eq!(got.result.http, 500);
+        assert_eq!(got.json()["error"], "a fault asked for on /__control");
+    }
+    let said = worker.says("waiting").await;
+    assert!(
+        said.contains(MODEL) && said.contains("5 times in a row"),
+        "{said}"
+    );
+    assert!(
+        said.contains("it answered 500") && said.contains("UTC"),
+        "{said}"
+    );
+    assert!(
+        bed.offers().await[0].models.is_empty(),
+        "it is still offered"
+    );
+
+    // While it is open nothing is sent, and whoever asks is told at once.
+    let asked = std::time::Instant::now();
+    let got = ask_chat().await;
+    assert!(asked.elapsed() < Duration::from_secs(2));
+    let error = &got.json()["error"];
+    assert_eq!(
+        (got.result.http, &error["code"]),
+        (503, &json!("upstream_failing"))
+    );
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains(&model.url) && message.contains("tried again in"),
+        "{message}"
+    );
+    assert_eq!(
+        model.log(5, 5).await.len(),
+        5,
+        "something was sent meanwhile"
+    );
+
+    // It works again: the next call after the pause is answered, and all is as before.
+    model.faults(json!([])).await;
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    assert_eq!(ask_chat().await.result.http, 200);
+    worker.says("ready").await;
+    assert_eq!(ask_chat().await.result.http, 200);
     worker.drained().await;
 }
