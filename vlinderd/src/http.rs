@@ -273,6 +273,31 @@ async fn metrics(State(face): State<Face>) -> Response {
             worker.restarts
         );
     }
+    // What inference workers note of their upstreams; others note nothing of that name.
+    for (note, name, kind, what) in [
+        (
+            "circuits_open",
+            "vlinder_circuits_open",
+            "gauge",
+            "Models of the worker's upstream that are left alone because they keep failing.",
+        ),
+        (
+            "circuits_opened_total",
+            "vlinder_circuits_opened_total",
+            "counter",
+            "How often a model was left alone since the worker began.",
+        ),
+    ] {
+        all += &help(name, kind, what);
+        for worker in &status.workers {
+            let noted = worker.notes.get(note).and_then(|text| text.parse().ok());
+            let Some(count): Option<u64> = noted else {
+                continue;
+            };
+            let (role, index) = (worker.key.role, worker.key.index);
+            let _ = writeln!(all, "{name}{{role=\"{role}\",index=\"{index}\"}} {count}");
+        }
+    }
     let log = face.cx.log();
     if let Ok(Ok(info)) = tokio::time::timeout(BUS_DEADLINE, face.cx.bus.stream_info(&log)).await {
         all += &help("vlinder_log_messages", "gauge", "Messages in the log.");
