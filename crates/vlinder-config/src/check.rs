@@ -35,6 +35,7 @@ pub(crate) fn check(settings: &mut Settings, sources: &Sources<'_>) {
     token_and_bind(settings);
     backends(settings);
     nats_credentials(settings);
+    s3_credential(settings);
     ports(settings);
     restarts(settings);
 }
@@ -117,6 +118,16 @@ fn token_and_bind(settings: &mut Settings) {
             "auth.token: is shorter than {TOKEN_LEN_MIN} characters, which is enough on loopback only"
         )),
         _ => {}
+    }
+}
+
+fn s3_credential(settings: &mut Settings) {
+    let (id, key) = ("s3.access_key_id", "s3.secret_access_key");
+    for (path, other) in [(id, key), (key, id)] {
+        let is_there = settings.get(other).is_some() || settings.is_broken(other);
+        if settings.get(path).is_some() && !is_there {
+            settings.mistake_at(path, format!("needs {other}, which is not set"));
+        }
     }
 }
 

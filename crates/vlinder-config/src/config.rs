@@ -43,6 +43,8 @@ pub struct Config {
     pub anthropic: Anthropic,
     /// Inference inside the worker.
     pub local: Local,
+    /// S3-compatible storage.
+    pub s3: S3,
     /// How agents run.
     pub runtime: Runtime,
     /// Restarts and deadlines of workers.
@@ -202,6 +204,19 @@ pub struct Local {
     pub embedding_model: Option<PathBuf>,
 }
 
+/// `s3.*`; what is not set here is looked for in the variables of AWS ([`crate::aws`]).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct S3 {
+    /// In place of AWS.
+    pub endpoint: Option<Url>,
+    /// The region that requests are signed for.
+    pub region: Option<String>,
+    /// Whose account.
+    pub access_key_id: Option<String>,
+    /// Its key; present exactly when `access_key_id` is.
+    pub secret_access_key: Option<Secret>,
+}
+
 /// `runtime.*`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Runtime {
@@ -358,6 +373,7 @@ impl Config {
             &mut masked.openrouter.api_key,
             &mut masked.openai.api_key,
             &mut masked.anthropic.api_key,
+            &mut masked.s3.secret_access_key,
         ];
         for secret in secrets.into_iter().flatten() {
             *secret = Secret::masked();

@@ -15,6 +15,7 @@
 //! Schema, the variable's name and the tests follow (`VLINDER_TEST_BLESS=1` rewrites the sample).
 
 mod addresses;
+pub mod aws;
 mod check;
 mod client;
 mod client_file;
@@ -41,7 +42,7 @@ pub use check::{TOKEN_LEN_MIN, WORKERS_PER_ROLE_MAX};
 pub use client::{AddressSource, ClientConfig};
 pub use config::{
     Anthropic, Auth, Config, Distributed, ImagePolicy, Local, LogFormat, LogLevel, Logging, Node,
-    Ollama, Openai, Openrouter, Ports, Queue, QueueBackend, QueueSync, Runtime, State,
+    Ollama, Openai, Openrouter, Ports, Queue, QueueBackend, QueueSync, Runtime, S3, State,
     StateBackend, Supervisor, Workers,
 };
 pub use env::Env;

@@ -124,7 +124,7 @@ impl Settings {
                 None => insert(&mut root, &key.path.split('.').collect::<Vec<_>>(), value),
             }
         }
-        for section in ["auth", "local", "openai"] {
+        for section in ["auth", "local", "openai", "s3"] {
             root.entry(section).or_insert_with(|| json!({}));
         }
         if let Some(filter) = env.get("RUST_LOG").filter(|filter| !filter.is_empty()) {

@@ -497,10 +497,35 @@ impl StoreUri {
                     .to_owned(),
             );
         }
+        if scheme == "s3" {
+            check_bucket(path.split('/').next().unwrap_or_default())?;
+        }
         Ok(Self {
             scheme: scheme.to_owned(),
             path: path.to_owned(),
         })
+    }
+
+    /// Whether this release has workers that serve such a store.
+    pub fn is_served(&self) -> bool {
+        matches!(self.scheme.as_str(), "sqlite" | "nats" | "s3")
+    }
+}
+
+/// Checks the name of an S3 bucket by the rule that AWS has for general purpose buckets.
+pub fn check_bucket(name: &str) -> Result<(), String> {
+    let is_edge = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = name.as_bytes();
+    let fits = (3..=63).contains(&bytes.len())
+        && bytes.iter().all(|b| is_edge(b) || matches!(b, b'-' | b'.'))
+        && bytes.first().is_some_and(is_edge)
+        && bytes.last().is_some_and(is_edge);
+    match fits {
+        true => Ok(()),
+        false => Err(format!(
+            "{} is no name of an S3 bucket: expected 3 to 63 of a-z, 0-9, - and .",
+            shown(name)
+        )),
     }
 }
 
@@ -614,6 +639,9 @@ mod tests {
             "nats://a/b",
             "memory://a/b",
             "s3:///x",
+            "s3://Bucket/x",
+            "s3://bu/x",
+            "s3://bucket-/x",
             &long,
         ] {
             for key in ["object_storage", "vector_storage"] {

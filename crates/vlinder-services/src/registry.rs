@@ -115,9 +115,9 @@ impl RegistryService {
             ("object_storage", manifest.object_store()),
             ("vector_storage", manifest.vector_store()),
         ] {
-            if let Some(store) = store.filter(|store| store.scheme != "sqlite") {
+            if let Some(store) = store.filter(|store| !store.is_served()) {
                 return Err(Status::failed_precondition(format!(
-                    "{key} = {}://…: this release has sqlite:// stores only",
+                    "{key} = {}://…: this release has sqlite://, nats:// and s3:// stores",
                     store.scheme
                 )));
             }

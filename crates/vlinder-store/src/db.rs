@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use vlinder_core::merkle::Chunks;
+use vlinder_core::merkle::{Chunks, References};
 use vlinder_core::{ContentHash, NodeHash};
 
 /// How long a write waits for another process that writes. Commits take well below a millisecond;
@@ -35,6 +35,14 @@ const SCHEMA: &str = "
         seq INTEGER NOT NULL,
         request BLOB NOT NULL
     ) STRICT;
+";
+
+/// Chunks that are in a store's home with all below them, as far as this node knows. It came after
+/// the first version of the file, which does not mind it.
+const SCHEMA_HOMES: &str = "
+    CREATE TABLE IF NOT EXISTS homes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+    CREATE TABLE IF NOT EXISTS at_home (home INTEGER, hash BLOB, PRIMARY KEY (home, hash))
+        STRICT, WITHOUT ROWID;
 ";
 
 /// Why the file of a store failed.
@@ -163,6 +171,10 @@ impl ChunkDb {
                     "BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
                 ))?;
             }
+            let has_homes = "SELECT 1 FROM sqlite_schema WHERE name = 'at_home'";
+            if !conn.prepare(has_homes)?.exists([])? {
+                conn.execute_batch(&format!("BEGIN IMMEDIATE; {SCHEMA_HOMES} COMMIT;"))?;
+            }
             Ok(found)
         };
         let found = set_up().map_err(failed("cannot set up the store"))?;
@@ -243,11 +255,7 @@ impl ChunkDb {
     /// damaged is mended.
     pub(crate) fn commit(&mut self, fresh: &Fresh, applied: &[Position]) -> Result<(), DbError> {
         self.write("cannot store chunks", |tx| {
-            let mut insert = tx.prepare_cached(
-                "INSERT INTO chunks (hash, bytes) VALUES (?1, ?2)
-                 ON CONFLICT (hash) DO UPDATE SET bytes = excluded.bytes
-                 WHERE bytes <> excluded.bytes",
-            )?;
+            let mut insert = tx.prepare_cached(INSERT_CHUNK)?;
             for (hash, bytes) in fresh {
                 insert.execute(params![hash.as_bytes(), bytes])?;
             }
@@ -268,6 +276,86 @@ impl ChunkDb {
             .query_row(sql, [hash.as_bytes()], |_| Ok(()))
             .optional();
         Ok(found.map_err(self.failed("cannot read a chunk"))?.is_some())
+    }
+
+    /// The bytes of a chunk.
+    pub(crate) fn chunk(&self, hash: &ContentHash) -> Result<Option<Vec<u8>>, DbError> {
+        let read = || -> rusqlite::Result<Option<Vec<u8>>> {
+            let mut find = self
+                .conn
+                .prepare_cached("SELECT bytes FROM chunks WHERE hash = ?1")?;
+            find.query_row([hash.as_bytes()], |row| row.get(0))
+                .optional()
+        };
+        read().map_err(self.failed("cannot read a chunk"))
+    }
+
+    /// Those of the chunks that are not here.
+    pub(crate) fn absent(&self, chunks: &[ContentHash]) -> Result<Vec<ContentHash>, DbError> {
+        let mut absent = Vec::new();
+        for hash in chunks {
+            if !self.has(hash)? {
+                absent.push(*hash);
+            }
+        }
+        Ok(absent)
+    }
+
+    /// Those of the chunks (and whether each is a node) that are here and not known to be at that home.
+    /// A chunk that is not here came from there, by the one above it, and so did it.
+    pub(crate) fn not_known_at(
+        &self,
+        home: &str,
+        chunks: &[(ContentHash, bool)],
+    ) -> Result<Vec<Lacking>, DbError> {
+        let known = "SELECT 1 FROM at_home WHERE hash = ?2
+                     AND home = (SELECT id FROM homes WHERE name = ?1)";
+        let mut lacking = Vec::new();
+        for &(hash, is_node) in chunks {
+            let is_known = || -> rusqlite::Result<bool> {
+                let mut find = self.conn.prepare_cached(known)?;
+                find.exists(params![home, hash.as_bytes()])
+            };
+            if is_known().map_err(self.failed("cannot read what is at home"))? {
+                continue;
+            }
+            let refers = match is_node {
+                true => match self.chunk(&hash)? {
+                    Some(bytes) => vlinder_core::merkle::references(&bytes).unwrap_or_default(),
+                    None => continue,
+                },
+                false if self.has(&hash)? => References::default(),
+                false => continue,
+            };
+            lacking.push(Lacking {
+                hash,
+                is_node,
+                refers,
+            });
+        }
+        Ok(lacking)
+    }
+
+    /// Notes that chunks are at that home, each with all below it.
+    pub(crate) fn remember(&mut self, home: &str, chunks: &[ContentHash]) -> Result<(), DbError> {
+        self.write("cannot note what is at home", |tx| {
+            note(tx, home, chunks.iter())
+        })
+    }
+
+    /// Stores chunks that came from that home.
+    pub(crate) fn take_from(
+        &mut self,
+        home: &str,
+        chunks: &[(ContentHash, bytes::Bytes)],
+    ) -> Result<(), DbError> {
+        self.write("cannot store chunks", |tx| {
+            let mut insert = tx.prepare_cached(INSERT_CHUNK)?;
+            for (hash, bytes) in chunks {
+                insert.execute(params![hash.as_bytes(), bytes.as_ref()])?;
+            }
+            note(tx, home, chunks.iter().map(|(hash, _)| hash))
+        })
     }
 
     /// How far the log was applied.
@@ -346,6 +434,35 @@ impl ChunkDb {
     }
 }
 
+/// Stores a chunk; one that is there but damaged is mended.
+const INSERT_CHUNK: &str = "INSERT INTO chunks (hash, bytes) VALUES (?1, ?2)
+    ON CONFLICT (hash) DO UPDATE SET bytes = excluded.bytes WHERE bytes <> excluded.bytes";
+
+/// A chunk that is here, and perhaps not at home.
+pub(crate) struct Lacking {
+    pub hash: ContentHash,
+    pub is_node: bool,
+    /// What it refers to, if it is a node.
+    pub refers: References,
+}
+
+fn note<'a>(
+    tx: &rusqlite::Transaction,
+    home: &str,
+    chunks: impl Iterator<Item = &'a ContentHash>,
+) -> rusqlite::Result<()> {
+    tx.execute("INSERT OR IGNORE INTO homes (name) VALUES (?1)", [home])?;
+    let id: i64 = tx.query_row("SELECT id FROM homes WHERE name = ?1", [home], |row| {
+        row.get(0)
+    })?;
+    let mut insert =
+        tx.prepare_cached("INSERT OR IGNORE INTO at_home (home, hash) VALUES (?1, ?2)")?;
+    for hash in chunks {
+        insert.execute(params![id, hash.as_bytes()])?;
+    }
+    Ok(())
+}
+
 /// The chunks of the file and, above them, those that are not committed yet.
 pub(crate) struct Overlay<'a> {
     db: &'a ChunkDb,
@@ -359,15 +476,7 @@ impl Chunks for Overlay<'_> {
         if let Some(bytes) = self.fresh.get(hash) {
             return Ok(Some(bytes.clone()));
         }
-        let read = || -> rusqlite::Result<Option<Vec<u8>>> {
-            let mut find = self
-                .db
-                .conn
-                .prepare_cached("SELECT bytes FROM chunks WHERE hash = ?1")?;
-            find.query_row([hash.as_bytes()], |row| row.get(0))
-                .optional()
-        };
-        read().map_err(self.db.failed("cannot read a chunk"))
+        self.db.chunk(hash)
     }
 
     fn put(&mut self, hash: ContentHash, bytes: &[u8]) -> Result<(), DbError> {

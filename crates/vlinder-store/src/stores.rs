@@ -2,8 +2,10 @@
 //! lacks.
 
 use crate::db::{ChunkDb, Cursor, DbError, FileId, Position};
+use crate::home::{Homes, NATS, S3, SQLITE};
 use crate::{Answer, Call, Error, Service, apply, vec};
 use bytes::Bytes;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +15,7 @@ use vlinder_bus::{Bus, Stored, StreamName};
 use vlinder_core::merkle;
 use vlinder_core::record::Request;
 use vlinder_core::{ContentHash, Namespace, Selector, StateRoot};
+use vlinder_objects::Access;
 
 /// Requests read from the log at once while catching up.
 const BATCH_MESSAGES: usize = 256;
@@ -30,6 +33,7 @@ pub struct Stores {
     bus: Bus,
     ns: Namespace,
     path: PathBuf,
+    homes: Homes,
     /// Calls wait for it here and not on threads: one thread works at the file at a time.
     opened: Arc<Mutex<Option<Opened>>>,
     changes: AtomicU32,
@@ -38,13 +42,22 @@ pub struct Stores {
     rebuilt: Mutex<Option<Instant>>,
 }
 
-struct Opened {
-    db: ChunkDb,
+/// A call that was done: its answer, and the chunks that it made.
+pub(crate) struct Done {
+    pub answer: Answer,
+    pub fresh: HashSet<ContentHash>,
+}
+
+/// The inner error says what is lacking.
+pub(crate) type Outcome = Result<Done, merkle::Error<DbError>>;
+
+pub(crate) struct Opened {
+    pub db: ChunkDb,
     vectors: vec::Cache,
 }
 
 /// A request as it is applied; owns what a [`Call`] borrows.
-struct Work {
+pub(crate) struct Work {
     service: Service,
     operation: String,
     store: Selector,
@@ -67,6 +80,10 @@ impl Work {
         })
     }
 
+    pub(crate) fn service(&self) -> Service {
+        self.service
+    }
+
     fn call(&self) -> Call<'_> {
         Call {
             service: self.service,
@@ -84,6 +101,7 @@ impl Stores {
     pub fn new(bus: Bus, ns: Namespace, data_dir: &Path) -> Self {
         let path = data_dir.join("stores").join(format!("{ns}.db"));
         Self {
+            homes: Homes::new(bus.clone(), ns.clone(), Access::default()),
             bus,
             ns,
             path,
@@ -91,6 +109,12 @@ impl Stores {
             changes: AtomicU32::new(0),
             rebuilt: Mutex::new(None),
         }
+    }
+
+    /// The same with access to S3-compatible storage.
+    pub fn with_s3(mut self, access: Access) -> Self {
+        self.homes = Homes::new(self.bus.clone(), self.ns.clone(), access);
+        self
     }
 
     /// Opens the file now, so that a worker that says it is ready can do its job.
@@ -109,7 +133,11 @@ impl Stores {
             return Ok(None);
         };
         let work = Arc::new(work);
+        let home = self.homes.of(request).await?;
         let mut outcome = self.try_once(&work).await?;
+        if let Some(home) = &home {
+            outcome = self.with_home(home, &work, outcome).await?;
+        }
         if let Err(merkle::Error::Missing(chunk)) = outcome {
             self.fetch(chunk).await?;
             outcome = self.try_once(&work).await?;
@@ -118,18 +146,18 @@ impl Stores {
             self.rebuild(&lack).await?;
             outcome = self.try_once(&work).await?;
         }
-        let answer = outcome.map_err(Error::State)?;
+        let done = outcome.map_err(Error::State)?;
         if work.call().may_change_state() {
+            if let Some(home) = home.filter(|_| done.answer.is_ok()) {
+                self.bring_home(&home, &done).await?;
+            }
             self.checkpoint_sometimes().await;
         }
-        Ok(Some(answer))
+        Ok(Some(done.answer))
     }
 
-    /// Does the work with what is here. The inner error says what is lacking.
-    async fn try_once(
-        &self,
-        work: &Arc<Work>,
-    ) -> Result<Result<Answer, merkle::Error<DbError>>, Error> {
+    /// Does the work with what is here.
+    pub(crate) async fn try_once(&self, work: &Arc<Work>) -> Result<Outcome, Error> {
         let work = work.clone();
         self.on_file(move |opened| {
             let Opened { db, vectors } = opened;
@@ -140,7 +168,8 @@ impl Stores {
                     if call.may_change_state() {
                         db.commit(&fresh, &[work.at])?;
                     }
-                    Ok(Ok(answer))
+                    let fresh = fresh.into_keys().collect();
+                    Ok(Ok(Done { answer, fresh }))
                 }
                 Err(merkle::Error::Chunks(error)) => Err(error),
                 Err(lack) => Ok(Err(lack)),
@@ -187,14 +216,13 @@ impl Stores {
     /// Applies the requests behind the cursor, in order, and moves the cursor.
     async fn read_log(&self) -> Result<(), Error> {
         let log = StreamName::Log(self.ns.clone());
-        let filter = storage_requests(&self.ns);
         let created_ms = self.bus.stream_info(&log).await?.created_ms;
         let (began, mut applied) = (Instant::now(), 0);
 
         // The request at the cursor is read again: it must still be what it was.
         let cursor = self.on_file(|opened| opened.db.cursor()).await?;
         let mut from = cursor.map_or(1, |cursor| cursor.at.seq);
-        let mut batch = self.bus.range(&log, &filter, from, BATCH_MESSAGES).await?;
+        let mut batch = self.requests(&log, from).await?;
         if let Some(cursor) = cursor {
             let holds =
                 cursor.created_ms == created_ms && batch.first().map(position) == Some(cursor.at);
@@ -209,7 +237,7 @@ impl Stores {
         }
         loop {
             if batch.is_empty() {
-                batch = self.bus.range(&log, &filter, from, BATCH_MESSAGES).await?;
+                batch = self.requests(&log, from).await?;
             }
             let Some(last) = batch.last() else { break };
             let at = position(last);
@@ -221,6 +249,23 @@ impl Stores {
         }
         tracing::info!(store = %self.path.display(), applied, took = ?began.elapsed(), "caught up with the log");
         Ok(())
+    }
+
+    /// The next requests to stores of every kind from `from` on, in log order; none when there are no
+    /// more.
+    async fn requests(&self, log: &StreamName, from: u64) -> Result<Vec<Stored>, Error> {
+        let filters = storage_requests(&self.ns);
+        let reads = filters
+            .iter()
+            .map(|filter| self.bus.range(log, filter, from, BATCH_MESSAGES));
+        let reads = futures::future::try_join_all(reads).await?;
+        // Behind the last of a kind there may be more of that kind, so none may be taken from beyond.
+        let ends = reads.iter().filter_map(|read| read.last());
+        let end = ends.map(|stored| stored.seq).min().unwrap_or_default();
+        let mut all: Vec<Stored> = reads.into_iter().flatten().collect();
+        all.retain(|stored| stored.seq <= end);
+        all.sort_unstable_by_key(|stored| stored.seq);
+        Ok(all)
     }
 
     /// Applies what was not applied yet and returns how much that was.
@@ -296,7 +341,7 @@ impl Stores {
 
     /// Runs `work` with the open file on a thread that may block. Opens the file where it is not
     /// open or not in place any more; a damaged one is set aside.
-    async fn on_file<T: Send + 'static>(
+    pub(crate) async fn on_file<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Opened) -> Result<T, DbError> + Send + 'static,
     ) -> Result<T, Error> {
@@ -341,7 +386,7 @@ fn position(stored: &Stored) -> Position {
     }
 }
 
-/// Filter of all requests to SQLite stores of a namespace, of both services.
-fn storage_requests(ns: &Namespace) -> String {
-    format!("vlinder.v1.{ns}.req.*.sqlite.*")
+/// Filters of all requests to stores of a namespace, of both services: one for each kind of store.
+fn storage_requests(ns: &Namespace) -> [String; 3] {
+    [SQLITE, NATS, S3].map(|backend| format!("vlinder.v1.{ns}.req.*.{backend}.*"))
 }

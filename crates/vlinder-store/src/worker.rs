@@ -1,6 +1,8 @@
 //! The workers `storage.object.sqlite` and `storage.vector.sqlite`: pull the requests to every
-//! store that a deployed agent names.
+//! store that a deployed agent names, of whatever kind. Each kind is SQLite here, with a home elsewhere
+//! or without. A worker that has no access to S3 leaves the requests to `s3://` stores to those that have.
 
+use crate::home::{NATS, S3, SQLITE};
 use crate::{Position, Service, Stores};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -12,11 +14,11 @@ use tracing::Instrument;
 use vlinder_bus::{QueueSpec, Stored, Subject, subjects};
 use vlinder_core::Selector;
 use vlinder_core::record::{CallStatus, Request};
+use vlinder_objects::Access;
 use vlinder_worker::infra::{Infra, InfraView};
+use vlinder_worker::serving::NOTE_STORES;
 use vlinder_worker::{Answer, Error, ServiceHandler, ServiceOutcome, WorkerCx, serve_queue};
 
-/// The backend in subjects and queues.
-const BACKEND: &str = "sqlite";
 /// Calls to one store that a worker has in hand at once. They take turns at the file; a few more
 /// hide the way to the bus.
 const SLOTS_PER_STORE: usize = 16;
@@ -31,16 +33,17 @@ impl Service {
         }
     }
 
-    /// The stores of this service that deployed agents name.
-    fn stores(self, infra: &Infra) -> HashSet<Selector> {
+    /// The stores of this service and of these kinds that deployed agents name.
+    fn stores(self, infra: &Infra, kinds: &[&'static str]) -> HashSet<(&'static str, Selector)> {
         let mut stores = HashSet::new();
         for (version, _) in infra.agents() {
             let uri = match self {
                 Self::Kv => version.manifest.object_store(),
                 Self::Vec => version.manifest.vector_store(),
             };
-            let here = uri.filter(|uri| uri.scheme == BACKEND);
-            stores.extend(here.and_then(|uri| Selector::new(uri.path).ok()));
+            let Some(uri) = uri else { continue };
+            let kind = kinds.iter().copied().find(|kind| uri.scheme == *kind);
+            stores.extend(kind.zip(Selector::new(uri.path).ok()));
         }
         stores
     }
@@ -48,9 +51,15 @@ impl Service {
 
 /// Serves `service` until the worker drains. A store is served from its deployment on; one that
 /// nobody names any more is served until the worker ends, for turns that still run.
-pub async fn run(cx: WorkerCx, service: Service) -> Result<(), Error> {
+pub async fn run(cx: WorkerCx, service: Service, s3: Access) -> Result<(), Error> {
     let mut infra = InfraView::start(&cx).await?;
-    let stores = Arc::new(Stores::new(cx.bus.clone(), cx.ns.clone(), &cx.data_dir));
+    let kinds = match s3.is_set() {
+        true => &[SQLITE, NATS, S3][..],
+        false => &[SQLITE, NATS],
+    };
+    cx.control.note(NOTE_STORES, &kinds.join(" "));
+    let stores = Stores::new(cx.bus.clone(), cx.ns.clone(), &cx.data_dir);
+    let stores = Arc::new(stores.with_s3(s3));
     stores
         .check()
         .await
@@ -61,9 +70,9 @@ pub async fn run(cx: WorkerCx, service: Service) -> Result<(), Error> {
     let mut queues = JoinSet::new();
     let mut is_ready = false;
     loop {
-        for store in service.stores(&infra.now()) {
-            if served.insert(store.clone()) {
-                let queue = queue_of(&cx, service, &store);
+        for (kind, store) in service.stores(&infra.now(), kinds) {
+            if served.insert((kind, store.clone())) {
+                let queue = queue_of(&cx, service, kind, &store);
                 let (cx, handler) = (cx.clone(), handler.clone());
                 let serving =
                     async move { serve_queue(&cx, queue, SLOTS_PER_STORE, handler).await };
@@ -96,16 +105,16 @@ fn joined(ended: Result<Result<(), Error>, tokio::task::JoinError>) -> Result<()
 
 /// The queue of a store. It is made at the deployment, before anybody can ask; where that was cut
 /// short it begins with what comes, because a history of answered requests is nobody's work.
-fn queue_of(cx: &WorkerCx, service: Service, store: &Selector) -> QueueSpec {
+fn queue_of(cx: &WorkerCx, service: Service, kind: &str, store: &Selector) -> QueueSpec {
     let subject = Subject::Req {
         ns: cx.ns.clone(),
         service: service.name().to_owned(),
-        backend: BACKEND.to_owned(),
+        backend: kind.to_owned(),
         selector: store.clone(),
     };
     QueueSpec {
         stream: cx.log(),
-        name: subjects::service_queue(service.name(), BACKEND, store),
+        name: subjects::service_queue(service.name(), kind, store),
         filter: subject.to_string(),
         from_start: false,
     }
@@ -150,6 +159,13 @@ impl vlinder_worker::Service for Served {
                     "a call works on a state that nobody has"
                 );
                 ServiceOutcome::Answer(Answer::error(500, "state_lost", &message))
+            }
+            Err(crate::Error::Home(error)) => {
+                // It was tried again already, as long as the client of the home found that right.
+                let message = chain(&error);
+                tracing::warn!(seq = stored.seq, message, "a store's home cannot be used");
+                let (http, code) = error.told();
+                ServiceOutcome::Answer(Answer::error(http, code, &message))
             }
             Err(error) => ServiceOutcome::RetryAfter(RETRY_PAUSE, chain(&error)),
         }

@@ -72,7 +72,11 @@ impl Bed {
             Service::Kv => WorkerRole::StorageObjectSqlite,
             Service::Vec => WorkerRole::StorageVectorSqlite,
         };
-        tokio::spawn(vlinder_store::run(self.cx(node, role), service))
+        tokio::spawn(vlinder_store::run(
+            self.cx(node, role),
+            service,
+            Default::default(),
+        ))
     }
 
     /// Deploys an agent with these stores: first their queues, then the event, as the registry does.

@@ -12,6 +12,9 @@ use vlinder_core::WorkerRole;
 /// How the reason begins where nobody at all can serve.
 pub const NO_WORKER: &str = "no live worker";
 
+/// The note in which a storage worker tells which kinds of stores it serves, divided by spaces.
+pub const NOTE_STORES: &str = "stores";
+
 /// The live nodes, and the offers of their workers.
 #[derive(Debug, Clone, Default)]
 pub struct Serving {
@@ -99,10 +102,29 @@ impl Serving {
     /// Why a call that nobody has answered waits; `None` when somebody could serve it.
     pub fn why_call_waits(&self, service: &str, backend: &str, selector: &str) -> Option<String> {
         match (service, backend) {
-            ("kv", "sqlite") => self.why_no_worker(WorkerRole::StorageObjectSqlite),
-            ("vec", "sqlite") => self.why_no_worker(WorkerRole::StorageVectorSqlite),
+            ("kv", kind) => self.why_no_store(WorkerRole::StorageObjectSqlite, kind),
+            ("vec", kind) => self.why_no_store(WorkerRole::StorageVectorSqlite, kind),
             ("infer" | "embed", _) => self.why_no_model(backend, selector),
             _ => None,
+        }
+    }
+
+    /// Any storage worker serves the kinds that need nothing; `s3` those that were given access.
+    fn why_no_store(&self, role: WorkerRole, kind: &str) -> Option<String> {
+        let why = self.why_no_worker(role);
+        if why.is_some() || kind != "s3" {
+            return why;
+        }
+        let serves = |worker: &WorkerReport| {
+            let kinds = worker.notes.get(NOTE_STORES);
+            worker.state == "ready"
+                && kinds.is_some_and(|kinds| kinds.split(' ').any(|it| it == kind))
+        };
+        match self.workers(role).any(serves) {
+            true => None,
+            false => Some(format!(
+                "{NO_WORKER} of role {role} has access to S3 (s3.* or the AWS_ variables of its node)"
+            )),
         }
     }
 
@@ -231,6 +253,25 @@ mod tests {
         assert_eq!(
             why(&[(role, 0, "waiting")]),
             Some(format!("{none} (no disk)"))
+        );
+    }
+
+    #[test]
+    fn stores_in_s3_need_a_worker_with_access() {
+        let role = "storage.object.sqlite";
+        let why = |kinds: &str, store: &str| {
+            let mut report = node("a", &[(role, 0, "ready")]);
+            let notes = &mut report.workers[0].notes;
+            notes.insert(NOTE_STORES.to_owned(), kinds.to_owned());
+            let serving = Serving::of(vec![report], std::iter::empty());
+            serving.why_call_waits("kv", store, "bucket/x")
+        };
+        assert_eq!(why("sqlite nats", "nats"), None);
+        assert_eq!(why("sqlite nats s3", "s3"), None);
+        let told = why("sqlite nats", "s3").unwrap();
+        assert!(
+            told.starts_with(NO_WORKER) && told.contains("access to S3"),
+            "{told}"
         );
     }
 }

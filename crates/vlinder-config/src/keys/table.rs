@@ -427,6 +427,30 @@ pub(crate) static KEYS: &[Key] = &[
         "/var/lib/vlinder/embedding.gguf",
         "A GGUF file for embeddings inside the worker.",
     ),
+    unset(
+        "s3.endpoint",
+        Kind::Url,
+        "http://localhost:9000",
+        "The S3-compatible server of s3:// stores. Without it AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL count, then AWS itself.",
+    ),
+    unset(
+        "s3.region",
+        Kind::Text,
+        "eu-central-1",
+        "The region of the buckets. Without it AWS_REGION and AWS_DEFAULT_REGION count, then us-east-1.",
+    ),
+    unset(
+        "s3.access_key_id",
+        Kind::Text,
+        "AKIAIOSFODNN7EXAMPLE",
+        "The key id of the account; needs secret_access_key. Without it the AWS_ variables count, then the role of the machine.",
+    ),
+    unset(
+        "s3.secret_access_key",
+        Kind::Secret,
+        "{ file = \"/etc/vlinder/s3-secret\" }",
+        "The secret key of the account.",
+    ),
     is(
         "runtime.image_policy",
         Kind::Choice(&["mutable", "pinned"]),

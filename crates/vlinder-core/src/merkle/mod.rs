@@ -27,6 +27,7 @@ mod node;
 mod tests;
 mod walk;
 
+pub use node::{References, references};
 pub use walk::{Change, Diff, Scan, diff, scan};
 
 use crate::hash::{ContentHash, FrameHasher, StateRoot};

@@ -148,6 +148,34 @@ fn shared_len(a: &[u8], b: &[u8]) -> usize {
     a.iter().zip(b).take_while(|(x, y)| x == y).count()
 }
 
+/// What a node refers to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct References {
+    /// The nodes below it.
+    pub nodes: Vec<ContentHash>,
+    /// The values that are chunks of their own, with their length in bytes.
+    pub values: Vec<(ContentHash, u64)>,
+}
+
+/// What the node in `bytes` refers to, for those who copy a tree from one place to another. The
+/// error says why it is no node.
+pub fn references(bytes: &[u8]) -> Result<References, &'static str> {
+    let node = Node::decode(bytes)?;
+    let values = node.entries.iter().filter_map(|entry| match entry.value {
+        Value::Chunk { hash, len } => Some((hash, len)),
+        Value::Inline(_) => None,
+    });
+    Ok(References {
+        values: values.collect(),
+        nodes: node
+            .children
+            .iter()
+            .flatten()
+            .map(|link| link.hash)
+            .collect(),
+    })
+}
+
 /// What is left of the bytes of a chunk.
 struct Reader<'a>(&'a [u8]);
 

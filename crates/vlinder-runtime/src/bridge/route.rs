@@ -153,8 +153,10 @@ fn store(
         _ => return Err(Refusal::UnknownCall),
     };
     posted(method)?;
-    if store.scheme != "sqlite" {
-        return Err(Refusal::NotBuilt("stores other than sqlite://"));
+    if !store.is_served() {
+        return Err(Refusal::NotBuilt(
+            "stores other than sqlite://, nats:// and s3://",
+        ));
     }
     Ok(Target::Store {
         service,

@@ -121,7 +121,11 @@ impl Bed {
         );
         let infra = InfraView::start(&cx).await.unwrap();
         let kv = worker_cx(&cx, WorkerRole::StorageObjectSqlite, "test", 0);
-        tokio::spawn(vlinder_store::run(kv, vlinder_store::Service::Kv));
+        tokio::spawn(vlinder_store::run(
+            kv,
+            vlinder_store::Service::Kv,
+            Default::default(),
+        ));
         Self {
             dir,
             bus,
