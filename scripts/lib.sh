@@ -16,9 +16,11 @@ OPENAI_SDK=3.52.0          # PyPI: openai, the official client, unchanged, again
 OLLAMA_SDK=0.6.3           # PyPI: ollama, likewise
 ANTHROPIC_SDK=2.14.0       # PyPI: anthropic, likewise
 MOTO=5.2.5               # PyPI: moto, answers as AWS does: S3 for stores and mounts, Lambda
+COMPOSE_RELEASE=trixie     # the Debian release whose docker-compose is the plugin for docker compose
+DEBIAN_IMAGE=debian:bookworm-slim # what compose/Dockerfile builds on
 MODEL_FILE="$TOOLS/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PYTHON="$TOOLS/venv/bin/python"
-export NATS_OLDEST NATS_CURRENT CARGO_DENY LLAMA_BINDING MODEL_PACKAGE OPENAI_SDK OLLAMA_SDK MOTO MODEL_FILE MODEL_PYTHON
+export COMPOSE_RELEASE DEBIAN_IMAGE NATS_OLDEST NATS_CURRENT CARGO_DENY LLAMA_BINDING MODEL_PACKAGE OPENAI_SDK OLLAMA_SDK MOTO MODEL_FILE MODEL_PYTHON
 
 # Everything that says how things go goes to stderr, so that stdout stays for answers.
 say() { printf '%s\n' "$*" >&2; }

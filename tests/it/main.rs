@@ -6,6 +6,7 @@ mod access;
 mod agents;
 mod chaos;
 mod cluster;
+mod compose;
 mod configuration;
 mod console;
 mod container;

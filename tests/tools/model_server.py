@@ -869,7 +869,8 @@ class ModelServer(ThreadingHTTPServer):
 def main():
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     parser = argparse.ArgumentParser(description="A real language model behind the Ollama and OpenAI APIs.")
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 = any free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for containers too")
+    parser.add_argument("--port", type=int, default=0, help="0 = any free one")
     parser.add_argument("--model-file", default=os.path.join(
         root, ".tools", "models", "SmolLM2-135M-Instruct.Q4_1.gguf"), help="GGUF weights")
     parser.add_argument("--model-name", action="append", help="name to serve them under; may be repeated")
@@ -888,7 +889,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         # Nothing to save; tearing llama.cpp down in the middle of a token could hang.
         signal.signal(number, lambda *_: os._exit(0))
-    server = ModelServer(("127.0.0.1", options.port), Handler)
+    server = ModelServer((options.host, options.port), Handler)
     server.options = options
     server.models = [canonical(name) for name in options.model_name or ["smollm2:135m"]]
     server.control = Control()

@@ -52,6 +52,12 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = DoctorFormat::Table)]
         output: DoctorFormat,
     },
+    /// Whether the daemon of this data directory is ready: 0, else 1 with the reason; 3 without a daemon.
+    Health {
+        /// Only whether it turns, not whether its workers and the bus are there.
+        #[arg(long)]
+        live: bool,
+    },
     /// The version of this binary.
     Version,
 }
@@ -113,6 +119,9 @@ pub fn run() -> u8 {
         }
         Some(Command::Doctor { output }) => {
             with_config(&env, &cli.places, |loaded| commands::doctor(loaded, output))
+        }
+        Some(Command::Health { live }) => {
+            with_config(&env, &cli.places, |loaded| commands::health(loaded, live))
         }
         Some(Command::Config(ConfigCommand::Schema)) => {
             println!("{}", vlinder_config::json_schema());

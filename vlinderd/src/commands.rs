@@ -5,6 +5,7 @@ use crate::{EXIT_OK, EXIT_OTHER};
 use vlinder_config::{Loaded, Mistake};
 
 mod doctor;
+mod health;
 
 /// Prints mistakes, one a line, to stderr.
 pub fn print_mistakes(mistakes: &[Mistake]) {
@@ -38,15 +39,8 @@ pub fn checked(loaded: Loaded) -> u8 {
 
 /// Checks this machine; exit 0 only if nothing needed is missing.
 pub fn doctor(loaded: Loaded, format: DoctorFormat) -> u8 {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let findings = match runtime {
-        Ok(runtime) => runtime.block_on(doctor::examine(&loaded)),
-        Err(error) => {
-            eprintln!("cannot start a runtime: {error}");
-            return EXIT_OTHER;
-        }
+    let Some(findings) = block_on(doctor::examine(&loaded)) else {
+        return EXIT_OTHER;
     };
     doctor::print(&findings, format);
     if findings
@@ -56,5 +50,24 @@ pub fn doctor(loaded: Loaded, format: DoctorFormat) -> u8 {
         EXIT_OTHER
     } else {
         EXIT_OK
+    }
+}
+
+/// Asks the daemon of this data directory how it is.
+pub fn health(loaded: Loaded, live: bool) -> u8 {
+    block_on(health::ask(&loaded, live)).unwrap_or(EXIT_OTHER)
+}
+
+/// `None`, and a line on stderr, where there is no runtime to be had.
+fn block_on<T>(work: impl Future<Output = T>) -> Option<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => Some(runtime.block_on(work)),
+        Err(error) => {
+            eprintln!("cannot start a runtime: {error}");
+            None
+        }
     }
 }

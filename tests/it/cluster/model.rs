@@ -47,6 +47,11 @@ impl Model {
         Self::started(0, names, &["--api-key", key]).await
     }
 
+    /// The same, where containers reach it too.
+    pub async fn for_containers(names: &[&str]) -> Self {
+        Self::started(0, names, &["--host", "0.0.0.0"]).await
+    }
+
     /// The same on a port of the caller's choice.
     pub async fn at(port: u16, names: &[&str]) -> Self {
         Self::started(port, names, &[]).await

@@ -85,17 +85,22 @@ pub fn clean(program: PathBuf) -> Command {
 
 /// Runs a command to its end; one that passes the deadline is killed and fails the test.
 pub async fn finish(command: Command) -> Finished {
+    finish_within(command, COMMAND_DEADLINE).await
+}
+
+/// The same with another deadline.
+pub async fn finish_within(command: Command, deadline: Duration) -> Finished {
     let began = Instant::now();
     let shown = format!("{command:?}");
     let mut command = tokio::process::Command::from(command);
     command.kill_on_drop(true);
-    let ended = tokio::time::timeout(COMMAND_DEADLINE, command.output()).await;
+    let ended = tokio::time::timeout(deadline, command.output()).await;
     let Output {
         status,
         stdout,
         stderr,
     } = ended
-        .unwrap_or_else(|_| panic!("{shown} did not end within {COMMAND_DEADLINE:?}"))
+        .unwrap_or_else(|_| panic!("{shown} did not end within {deadline:?}"))
         .unwrap_or_else(|error| panic!("{shown} cannot be run: {error}"));
     Finished {
         code: status.code(),

@@ -23,6 +23,14 @@ pub fn docker(args: &[&str]) -> String {
     String::from_utf8_lossy(&done.stdout).trim().to_owned()
 }
 
+/// Whether there is an image of that name here.
+pub fn has_image(name: &str) -> bool {
+    let shown = Command::new("docker")
+        .args(["image", "inspect", name])
+        .output();
+    shown.is_ok_and(|done| done.status.success())
+}
+
 /// The agent of `fixtures/boxed`, compiled.
 fn program() -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/boxed/agent.rs");

@@ -5,6 +5,7 @@
 
 pub mod agents;
 pub mod bins;
+pub mod compose;
 pub mod docker;
 pub mod faces;
 pub mod node;

@@ -394,14 +394,21 @@ async fn docker(config: &Config) -> Finding {
     }
 }
 
-/// One plain HTTP GET; the status line and what came after the head.
-async fn get(url: &url::Url, path: &str) -> Result<(u16, String), String> {
+/// One plain HTTP GET, with a token where there is one; the status and what came after the head.
+pub(super) async fn get(
+    url: &url::Url,
+    path: &str,
+    token: Option<&str>,
+) -> Result<(u16, String), String> {
     let host = url.host_str().unwrap_or_default();
     let port = url.port_or_known_default().unwrap_or(80);
+    let credential = token.map(|token| format!("Authorization: Bearer {token}\r\n"));
+    let credential = credential.unwrap_or_default();
     let asked = async {
         let mut stream = TcpStream::connect((host, port)).await?;
-        let request =
-            format!("GET {path} HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n");
+        let request = format!(
+            "GET {path} HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n{credential}\r\n"
+        );
         stream.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
         stream.take(ANSWER_MAX).read_to_end(&mut answer).await?;
@@ -434,7 +441,7 @@ async fn ollama(config: &Config) -> Finding {
             "",
         );
     }
-    match get(url, "/api/tags").await {
+    match get(url, "/api/tags", None).await {
         Ok((200, body)) => {
             let value: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
             let models = value["models"].as_array().map_or(0, Vec::len);
@@ -483,7 +490,7 @@ async fn openai(config: &Config) -> Finding {
         );
     }
     let path = format!("{}/models", url.path().trim_end_matches('/'));
-    match get(url, &path).await {
+    match get(url, &path, None).await {
         Ok((200, _)) => finding("openai", Level::Ok, format!("{url} answers"), ""),
         Ok((401 | 403, _)) => finding(
             "openai",
