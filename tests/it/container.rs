@@ -1,5 +1,7 @@
 //! Agents in containers (features D1, D4, D6, D9; issue 3, "What it must show").
 
+mod engine;
+
 use crate::support::agents::{deploy, output, run, turn};
 use crate::support::docker::{Cleaned, Container, Image, containers, docker};
 use crate::support::{Node, NodeSpec, Worker, proc, wait_for};

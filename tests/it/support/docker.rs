@@ -32,7 +32,7 @@ pub fn has_image(name: &str) -> bool {
 }
 
 /// The agent of `fixtures/boxed`, compiled.
-fn program() -> PathBuf {
+pub fn program() -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/boxed/agent.rs");
     let text = fs::read(&source).expect("the fixture is there");
     let hash = vlinder_core::ContentHash::of(&text).to_string();
