@@ -222,7 +222,7 @@ async fn a_cut_gpu_node_is_waited_for(cluster: &Cluster, model: &Model) {
         cluster.wait_ready(&["gpu", "hub", "worker"], BACK).await;
     };
     let (finished, ()) = tokio::join!(turn_ends, cut);
-    let finished = finished.code(0).says("waiting: no live worker offers");
+    let finished = finished.code(0);
     assert_ne!(finished.json()["output"], "");
     ended_once(cluster, "cut", 1).await;
     let calls = turn(cluster, "cut").await["calls"].clone();

@@ -190,7 +190,7 @@ pub struct Cluster {
     home: TempDir,
     token: String,
     ports: Vec<u16>,
-    images: Images,
+    _images: Images,
 }
 
 impl Cluster {
@@ -232,7 +232,7 @@ impl Cluster {
             home,
             token,
             ports,
-            images,
+            _images: images,
         }
     }
 
