@@ -17,6 +17,7 @@ mod doctor;
 mod full;
 mod gateway;
 mod reload;
+mod replay;
 mod restarts;
 mod rollback;
 mod rubbish;

@@ -490,9 +490,10 @@ impl Healer {
 fn has_one_place(stored: &Stored) -> bool {
     match stored.node.kind {
         Kind::Invoke | Kind::Seal | Kind::Infra => true,
-        // A fork only adds a branch, wherever it stands.
-        Kind::Session => !SessionEvent::try_from(&stored.node)
-            .is_ok_and(|event| matches!(event.verb, SessionVerb::Fork { .. })),
+        // A fork or repair only adds a branch, wherever it stands.
+        Kind::Session => !SessionEvent::try_from(&stored.node).is_ok_and(|event| {
+            matches!(event.verb, SessionVerb::Fork(_) | SessionVerb::Repair(..))
+        }),
         Kind::Request | Kind::Result | Kind::End => false,
     }
 }

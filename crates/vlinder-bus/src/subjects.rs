@@ -4,8 +4,9 @@
 //! vlinder.v1.<ns>.invoke.<agent>.<session>.<branch>    LOG   a turn begins; the branch head
 //! vlinder.v1.<ns>.invoke.<agent>_.<session>.<branch>   LOG   the same in a session that an agent began
 //! vlinder.v1.<ns>.req.<service>.<backend>.<selector>   LOG   work for a service
-//! vlinder.v1.<ns>.res.<submission>.call | .end         LOG   answers of a turn; its end
-//! vlinder.v1.<ns>.session.<session>                    CTL   start, fork, promote
+//! vlinder.v1.<ns>.res.<submission>.call | .end         LOG   answers of a turn; its end. What a replayed
+//!                                                            turn asked and the record answered is on .call, too
+//! vlinder.v1.<ns>.session.<session>                    CTL   start, fork, repair, promote
 //! vlinder.v1.<ns>.infra.<what>.<name>                  CTL   deploy, delete, scale …
 //! vlinder.v1._sys.dead                                 SYS   dead letters
 //! seen.v1.<ns>.…                                       –     what LOG and CTL stored, republished
@@ -198,6 +199,11 @@ pub fn all_invokes(ns: &Namespace) -> String {
 /// The ends of all turns of a namespace.
 pub fn all_ends(ns: &Namespace) -> String {
     format!("vlinder.v1.{ns}.res.*.end")
+}
+
+/// Everything that the turns of a namespace asked a service for.
+pub fn all_requests(ns: &Namespace) -> String {
+    format!("vlinder.v1.{ns}.req.>")
 }
 
 /// The end of one turn.

@@ -29,6 +29,14 @@ pub const NOTE_ATTEMPT: &str = "attempt";
 pub const NOTE_TOOK_US: &str = "took_us";
 /// Note on an end: how long the agent's HTTP server took over the turn, in microseconds.
 pub const NOTE_AGENT_US: &str = "agent_us";
+/// Note on a result: the sequence of the request that it answers. A hint, which the request's hash proves.
+pub const NOTE_REQUEST: &str = "request";
+/// Note on a result of a replayed turn: the result that it was taken from.
+pub const NOTE_REPLAYED: &str = "replayed";
+/// Note on a result of a replayed turn: the session event whose body replaces the recorded answer.
+pub const NOTE_REPAIRED: &str = "repaired";
+/// Note on the invoke of a replayed turn: the sequence of the invoke that it runs again. A hint.
+pub const NOTE_SOURCE: &str = "source";
 /// Note: why the node exists although nobody did the work (sweeper, dead letter, healer).
 pub const NOTE_REASON: &str = "reason";
 /// Note on a message that was lost and given back: its [`Place`], which its own sequence no longer tells.

@@ -287,16 +287,19 @@ pub enum Session {
         /// Its id, its name, or the beginning of its id
         id: String,
     },
-    /// Begin a branch at the end of an earlier turn
+    /// Begin a branch at the end of an earlier turn, or inside of it
     #[command(after_help = "\
+A branch that is forked inside a turn holds the calls up to that node: their state, and the turn's input
+without a reply.
+
 Example:
-  vlinder session get s-0198…            # shows the hash of every turn
+  vlinder session get s-0198…            # shows the hashes of every turn and call
   vlinder session fork s-0198… --from 3f9a2c --name other
   vlinder agent run notes --session s-0198… --branch other -p 'what if?'")]
     Fork {
         /// Its id, its name, or the beginning of its id
         id: String,
-        /// The hash of a turn's end, or the beginning of it
+        /// The hash of a turn's end, of a call's request or result, or the beginning of it
         #[arg(long, value_name = "HASH")]
         from: String,
         /// The name of the new branch
@@ -316,14 +319,97 @@ Example:
         /// Its id, its name, or the beginning of its id
         id: String,
     },
+    /// Run turns again on a new branch: from the record while calls are the same, live from there on
+    #[command(after_help = "\
+Nothing that is on record is asked or paid for again. Calls to hosts outside and for secrets always run. The same
+command with the same --name goes on where it stopped. Ends with 0 when it ran, whatever differed.
+
+Examples:
+  vlinder session replay s-0198…                          # the default branch, from its first turn
+  vlinder session replay s-0198… --turn t-0198… --until 3f9a2c   # live behind that call
+  vlinder session replay s-0198… --model qwen3:8b         # what would another model have said?
+  vlinder session replay notes --agent notes-2 --all --since 7d  # last week's sessions of notes, with notes-2")]
+    Replay(Replay),
+    /// Replace one recorded answer, and run on from there on a new branch
+    #[command(after_help = "\
+What the turn did before that call is answered from the record; what depends on the new answer runs live. The turns
+behind it are run again, too. A call to a store keeps what it did to the state: only what the agent is told changes.
+
+Example:
+  vlinder turn get t-0198…                                # shows the hash of every call
+  vlinder session repair s-0198… --node 3f9a2c --with answer.json --name fixed
+  vlinder session promote fixed --session s-0198…")]
+    Repair(Repair),
     #[command(hide = true)]
     Diff(Later),
     #[command(hide = true)]
-    Replay(Later),
-    #[command(hide = true)]
-    Repair(Later),
-    #[command(hide = true)]
     Export(Later),
+}
+
+#[derive(Debug, Args)]
+pub struct Replay {
+    /// The session: its id, its name, or the beginning of its id; with --all the agent whose sessions are run
+    pub id: Option<String>,
+    /// The line of this branch, instead of the default one
+    #[arg(long, value_name = "B", conflicts_with = "all")]
+    pub branch: Option<String>,
+    /// This turn alone
+    #[arg(long, value_name = "SUBMISSION", conflicts_with_all = ["from", "agent", "all"])]
+    pub turn: Option<String>,
+    /// Begin with the turn that has the node of this hash
+    #[arg(long, value_name = "HASH", conflicts_with_all = ["agent", "all"])]
+    pub from: Option<String>,
+    /// What comes after the node of this hash runs live
+    #[arg(long, value_name = "HASH", conflicts_with_all = ["live", "all"])]
+    pub until: Option<String>,
+    /// Everything runs live
+    #[arg(long)]
+    pub live: bool,
+    /// The model that answers instead of those that the agent asks
+    #[arg(long, value_name = "M")]
+    pub model: Option<String>,
+    /// The name of the new branch; with --agent, of the run
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Run the turns with this agent, each line in a new session of it
+    #[arg(long, value_name = "NEW")]
+    pub agent: Option<String>,
+    /// Every session of the agent that is named, or of the only other one that has any
+    #[arg(long, requires = "agent")]
+    pub all: bool,
+    /// With --all: only sessions that were active in the last, e.g. 7d, 12h
+    #[arg(long, value_name = "TIME", requires = "all", value_parser = age)]
+    pub since: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub struct Repair {
+    /// The session: its id, its name, or the beginning of its id
+    pub id: String,
+    /// The hash of the call's request or result, or the beginning of it
+    #[arg(long, value_name = "HASH")]
+    pub node: String,
+    /// The file with the new answer; - for stdin
+    #[arg(long, value_name = "FILE")]
+    pub with: PathBuf,
+    /// The name of the new branch
+    #[arg(long, value_name = "B")]
+    pub name: Option<String>,
+    /// The line of this branch, instead of the default one
+    #[arg(long, value_name = "B")]
+    pub branch: Option<String>,
+    /// The HTTP status that the agent sees, instead of the recorded one
+    #[arg(long, value_name = "STATUS", value_parser = clap::value_parser!(u16).range(200..600))]
+    pub http: Option<u16>,
+    /// The content type that the agent sees, instead of the recorded one
+    #[arg(long, value_name = "TYPE")]
+    pub content_type: Option<String>,
+    /// The model that answers what runs live, instead of those that the agent asks
+    #[arg(long, value_name = "M")]
+    pub model: Option<String>,
+    /// Run the repaired turn alone, not those behind it
+    #[arg(long)]
+    pub only: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -487,6 +573,11 @@ Example:
     },
 }
 
+fn age(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| "expected a time with a unit, e.g. 7d or 12h".to_owned())
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let rule = "expected a time such as 90s, 5m or 1h30m";
     let value = humantime::parse_duration(text).map_err(|_| rule.to_owned())?;
@@ -560,6 +651,13 @@ mod tests {
             "vlinder session promote b",
             "vlinder session promote b --session s",
             "vlinder session verify s",
+            "vlinder session replay s",
+            "vlinder session replay s --branch b --until abcd --model m --name n",
+            "vlinder session replay s --turn t --live",
+            "vlinder session replay --agent new --all --since 7d",
+            "vlinder session replay notes --agent new --all",
+            "vlinder session repair s --node h --with f",
+            "vlinder session repair s --node h --with - --http 200 --content-type text/plain --only --name n",
             "vlinder turn list --all",
             "vlinder turn cancel t",
             "vlinder turn get t",
@@ -580,7 +678,6 @@ mod tests {
             "vlinder completions bash",
             // Not in this release, but known:
             "vlinder session diff s a b",
-            "vlinder session repair s --node h --with f",
             "vlinder node drain n --stop",
         ] {
             if let Err(error) = parse(line) {
@@ -604,6 +701,14 @@ mod tests {
             "vlinder worker scale harness=many",
             "vlinder worker scale captain=1",
             "vlinder worker restart captain",
+            "vlinder session replay s --turn t --from abcd",
+            "vlinder session replay s --live --until abcd",
+            "vlinder session replay s --all",
+            "vlinder session replay s --agent a --since 7d",
+            "vlinder session replay s --agent a --turn t",
+            "vlinder session replay --agent a --all --since yesterday",
+            "vlinder session repair s --node h",
+            "vlinder session repair s --node h --with f --http 99",
             "vlinder queue dead redrive",
             "vlinder queue dead redrive 3 --all",
             "vlinder queue dead show x",

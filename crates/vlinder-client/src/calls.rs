@@ -69,6 +69,7 @@ in_namespace!(
     harness::CancelRequest,
     harness::ForkRequest,
     harness::PromoteRequest,
+    harness::ReplayRequest,
     harness::ListQueuesRequest,
     harness::EventsRequest,
     registry::ListAgentsRequest,
@@ -236,6 +237,9 @@ macro_rules! streams {
 streams! {
     /// Node, worker, agent and turn changes as they happen. Ends with an error when the connection breaks.
     events: Harness, harness_client, events(harness::EventsRequest) -> harness::Event;
+    /// Runs turns of a session again; the report is the last item. Ends with an error when the connection
+    /// breaks; the same request, with the name that the first item gives, goes on.
+    replay: Harness, harness_client, replay(harness::ReplayRequest) -> harness::ReplayEvent;
     /// Measures the installation; the report is the last item.
     bench: Harness, harness_client, bench(harness::BenchRequest) -> harness::BenchEvent;
     /// The bytes of a node's body.

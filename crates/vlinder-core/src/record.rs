@@ -10,12 +10,14 @@
 //! had already been given; a result at its request; an end at all maximal results, or the invoke.
 
 mod place;
+mod session;
 mod views;
 
 pub use place::Place;
+pub use session::{BranchStart, Repair, SessionEvent, SessionVerb};
 pub use views::{
-    CallResult, CallStatus, End, InfraEvent, Invoke, Origin, Outcome, Request, SessionEvent,
-    SessionVerb,
+    CallResult, CallStatus, End, InfraEvent, Invoke, Origin, Outcome, Request, Source,
+    may_change_state,
 };
 
 use crate::hash::{ContentHash, FrameHasher, NodeHash};

@@ -1,7 +1,7 @@
 //! What was said before: the turns that lead to an end, as messages.
 //!
-//! Only `done` turns speak; a failed or cancelled one leaves nothing in the conversation. A worker
-//! that served the turn before has its history in memory, so that a turn costs no extra read however
+//! Only `done` turns speak; a failed or cancelled one leaves nothing in the conversation. Of a turn that a
+//! branch was forked inside of, that branch has the input alone. A worker that served the turn before has its history in memory, so that a turn costs no extra read however
 //! long the session is. Otherwise the invokes of the branch are read, and where the branch was forked
 //! from, those of the branches before it.
 
@@ -12,22 +12,19 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use vlinder_bus::{Body, Stored, Subject};
 use vlinder_core::conversation::{Speaker, push_message};
-use vlinder_core::record::{End, Invoke, Outcome, SessionEvent, SessionVerb};
-use vlinder_core::{BranchName, Kind, NodeHash, SubmissionId};
+use vlinder_core::record::{End, Invoke, Outcome};
+use vlinder_core::{NodeHash, SubmissionId};
 use vlinder_worker::WorkerCx;
+use vlinder_worker::turns::{self, LineError, Step};
 
 /// Histories kept in memory, in bytes of text.
 const CACHE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Text of one history that an agent is given, in bytes; the oldest messages beyond are left out.
 const HISTORY_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Turns of one branch that are read.
-const TURNS_MAX: usize = 1_000_000;
-/// Session events (forks, promotions) that are read.
-const SESSION_EVENTS_MAX: usize = 100_000;
-/// Forks of forks that are followed.
-const FORKS_MAX: usize = 1000;
 /// Turns read at once.
 const READS_AT_ONCE: usize = 16;
+/// Ends of one turn that are read: one, and those that lost a race with it.
+const ENDS_MAX: usize = 1000;
 
 /// Why a history cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -55,11 +52,25 @@ pub(crate) struct History {
 impl History {
     /// Adds what a turn said.
     pub fn push(&mut self, input: &[u8], output: &[u8]) {
-        for (speaker, bytes) in [(Speaker::User, input), (Speaker::Agent, output)] {
-            let text: Arc<str> = String::from_utf8_lossy(bytes).into();
-            self.bytes += text.len();
-            self.messages.push_back(Message { speaker, text });
-        }
+        self.say(Speaker::User, input);
+        self.say(Speaker::Agent, output);
+        self.forget();
+    }
+
+    /// Adds what nobody has answered.
+    pub fn push_input(&mut self, input: &[u8]) {
+        self.say(Speaker::User, input);
+        self.forget();
+    }
+
+    fn say(&mut self, speaker: Speaker, bytes: &[u8]) {
+        let text: Arc<str> = String::from_utf8_lossy(bytes).into();
+        self.bytes += text.len();
+        self.messages.push_back(Message { speaker, text });
+    }
+
+    /// Leaves out the oldest messages beyond the bound.
+    fn forget(&mut self) {
         while self.bytes > HISTORY_BYTES_MAX {
             let Some(oldest) = self.messages.pop_front() else {
                 break;
@@ -128,7 +139,7 @@ impl Histories {
         if let Some(known) = end.and_then(|end| self.get(&end)) {
             return Ok(known);
         }
-        let history = Arc::new(load(cx, facts, previous).await?);
+        let history = Arc::new(load(cx, facts, previous, end).await?);
         if let Some(end) = end {
             self.put(end, history.clone());
         }
@@ -207,124 +218,78 @@ fn cost(history: &History) -> usize {
     history.bytes + history.messages.len() * 64 + 256
 }
 
-/// Reads the history that ends with turn `last` of the branch of `facts`, or of one before it.
-async fn load(cx: &WorkerCx, facts: &Invoke, last: &SubmissionId) -> Result<History, Error> {
-    let mut turns: VecDeque<Stored> = VecDeque::new();
-    let mut branch = facts.branch.clone();
-    let mut wanted = Some(last.clone());
-    let mut forks: Option<HashMap<BranchName, BranchName>> = None;
-    for _ in 0..FORKS_MAX {
-        let Some(submission) = wanted.clone() else {
-            return told(cx, turns).await;
-        };
-        let invokes = invokes_of(cx, facts, &branch).await?;
-        // Each turn names the one before it. Not all that stand on the subject are of the line: after a
-        // loss of the log's tail a turn can be there that another one had taken the place of.
-        let mut on_branch: HashMap<SubmissionId, (Stored, Invoke)> = HashMap::new();
-        for (stored, invoke) in invokes {
-            on_branch
-                .entry(invoke.submission.clone())
-                .or_insert((stored, invoke));
-        }
-        let mut next = Some(submission.clone());
-        while let Some((stored, invoke)) = next.as_ref().and_then(|next| on_branch.remove(next)) {
-            next = invoke.previous;
-            turns.push_front(stored);
-        }
-        wanted = next;
-        if let Some(submission) = &wanted {
-            let forks = match &mut forks {
-                Some(forks) => forks,
-                None => forks.insert(forks_of(cx, facts).await?),
-            };
-            branch = forks.get(&branch).cloned().ok_or_else(|| {
-                Error::Broken(format!(
-                    "turn {submission} is neither on branch {branch} nor before it"
-                ))
-            })?;
-        }
-    }
-    Err(Error::Broken(format!(
-        "more than {FORKS_MAX} forks of forks"
-    )))
-}
-
-/// The turns of a branch, oldest first.
-async fn invokes_of(
+/// Reads the history that ends with turn `last` of the branch of `facts`, or of one before it, which the
+/// turn of `facts` follows from at `left_at`.
+async fn load(
     cx: &WorkerCx,
     facts: &Invoke,
-    branch: &BranchName,
-) -> Result<Vec<(Stored, Invoke)>, Error> {
-    let subject = Subject::Invoke {
-        ns: cx.ns.clone(),
-        agent: facts.agent.clone(),
-        session: facts.session.clone(),
-        branch: branch.clone(),
-    };
-    let stored = cx.bus.all_on(&cx.log(), &subject, TURNS_MAX).await?;
-    let turns = stored
-        .into_iter()
-        .filter(|stored| stored.node.kind == Kind::Invoke);
-    Ok(turns
-        .filter_map(|stored| {
-            let invoke = Invoke::try_from(&stored.node).ok()?;
-            Some((stored, invoke))
-        })
-        .collect())
-}
-
-/// Which branch each branch of the session was forked from.
-async fn forks_of(cx: &WorkerCx, facts: &Invoke) -> Result<HashMap<BranchName, BranchName>, Error> {
-    let subject = Subject::Session {
-        ns: cx.ns.clone(),
-        session: facts.session.clone(),
-    };
-    let events = cx
-        .bus
-        .all_on(&cx.ctl(), &subject, SESSION_EVENTS_MAX)
-        .await?;
-    let mut forks = HashMap::new();
-    for stored in events {
-        if let Ok(event) = SessionEvent::try_from(&stored.node)
-            && let SessionVerb::Fork { branch, of, .. } = event.verb
-        {
-            forks.insert(branch, of);
-        }
-    }
-    Ok(forks)
+    last: &SubmissionId,
+    left_at: Option<NodeHash>,
+) -> Result<History, Error> {
+    let line = turns::line(
+        cx,
+        &facts.agent,
+        &facts.session,
+        &facts.branch,
+        last,
+        left_at,
+    )
+    .await
+    .map_err(|error| match error {
+        LineError::Bus(error) => Error::Bus(error),
+        LineError::Broken(why) => Error::Broken(why),
+    })?;
+    told(cx, line).await
 }
 
 /// What those turns said.
-async fn told(cx: &WorkerCx, turns: VecDeque<Stored>) -> Result<History, Error> {
-    let said: Vec<Option<(Bytes, Bytes)>> = futures::stream::iter(turns)
-        .map(|stored| said_in(cx, stored))
+async fn told(cx: &WorkerCx, line: Vec<Step>) -> Result<History, Error> {
+    let said: Vec<Said> = futures::stream::iter(line)
+        .map(|step| said_in(cx, step))
         .buffered(READS_AT_ONCE)
         .try_collect()
         .await?;
     let mut history = History::default();
-    for (input, output) in said.into_iter().flatten() {
-        history.push(&input, &output);
+    for said in said {
+        match said {
+            Said::Both(input, output) => history.push(&input, &output),
+            Said::Input(input) => history.push_input(&input),
+            Said::Nothing => {}
+        }
     }
     Ok(history)
 }
 
-/// Input and output of a turn; `None` where it did not end well.
-async fn said_in(cx: &WorkerCx, stored: Stored) -> Result<Option<(Bytes, Bytes)>, Error> {
-    let broken = |error: vlinder_core::record::DecodeError| Error::Broken(error.to_string());
-    let invoke = Invoke::try_from(&stored.node).map_err(broken)?;
+/// What a turn left in the conversation.
+enum Said {
+    Both(Bytes, Bytes),
+    /// The line leaves it before it has replied.
+    Input(Bytes),
+    /// It did not end well.
+    Nothing,
+}
+
+async fn said_in(cx: &WorkerCx, step: Step) -> Result<Said, Error> {
+    let load = async |body: &Body| cx.bus.load(body).await;
     let subject = Subject::End {
         ns: cx.ns.clone(),
-        submission: invoke.submission.clone(),
+        submission: step.invoke.submission.clone(),
     };
-    let Some(end) = cx.bus.first(&cx.log(), &subject).await? else {
-        return Err(Error::Broken(format!(
-            "turn {} has no end",
-            invoke.submission
-        )));
-    };
-    if End::try_from(&end.node).map_err(broken)?.outcome != Outcome::Done {
-        return Ok(None);
+    // After a loss of the log's tail the line may go on from an end that is not the one that counts.
+    let ends = cx.bus.all_on(&cx.log(), &subject, ENDS_MAX).await?;
+    if let Some(left_at) = step.left_at
+        && !ends.iter().any(|end| end.hash == left_at)
+    {
+        return Ok(Said::Input(load(&step.stored.body).await?));
     }
-    let load = async |body: &Body| cx.bus.load(body).await;
-    Ok(Some((load(&stored.body).await?, load(&end.body).await?)))
+    let Some(end) = ends.into_iter().min_by_key(Stored::rank) else {
+        let why = format!("turn {} has no end", step.invoke.submission);
+        return Err(Error::Broken(why));
+    };
+    let read = End::try_from(&end.node).map_err(|error| Error::Broken(error.to_string()))?;
+    if read.outcome != Outcome::Done {
+        return Ok(Said::Nothing);
+    }
+    let (input, output) = (load(&step.stored.body).await?, load(&end.body).await?);
+    Ok(Said::Both(input, output))
 }

@@ -47,14 +47,18 @@ pub(crate) fn turn(
     open_status: &str,
 ) -> proto::Turn {
     let end = turn.end.as_ref();
-    let status = end.map_or(open_status, |end| end.outcome.as_str());
+    let (status, hash, state) = match (end, &turn.left_at) {
+        (Some(end), _) => (end.outcome.as_str(), Some(end.node.hash), end.state),
+        (None, Some((node, state))) => ("cut", Some(*node), *state),
+        (None, None) => (open_status, None, None),
+    };
     let duration_ms = end.map_or(0, |end| since(&turn.invoke, &end.node));
     proto::Turn {
         submission: turn.submission.clone(),
         input: String::new(),
         output: String::new(),
-        hash: text_of(end.map(|end| end.node.hash)),
-        state: text_of(end.and_then(|end| end.state)),
+        hash: text_of(hash),
+        state: text_of(state),
         status: status.to_owned(),
         started_at: turn.invoke.time_ms,
         duration_ms,
@@ -66,6 +70,7 @@ pub(crate) fn turn(
         invoke: turn.invoke.hash.to_string(),
         by: end.map(|end| end.node.by.clone()).unwrap_or_default(),
         calls_total,
+        source: turn.source.clone(),
     }
 }
 
@@ -113,6 +118,8 @@ pub(crate) fn call(call: &Call) -> proto::Call {
         key: hex(&call.key),
         http: result.map_or(0, |result| result.http),
         state: text_of(result.and_then(|result| result.state)),
+        replayed: text_of(result.and_then(|result| result.replayed)),
+        repaired: result.is_some_and(|result| result.repaired),
     }
 }
 

@@ -6,7 +6,7 @@
 //! `nodes.id` and `turns.id` are local: they order what is of one stream, and are not compared.
 
 /// The version of the tables. A file of another version is thrown away and rebuilt.
-pub const VERSION: i64 = 2;
+pub const VERSION: i64 = 3;
 
 /// Marks the file as ours (`PRAGMA application_id`): "VLST".
 pub const APPLICATION_ID: i64 = 0x564c_5354;
@@ -79,7 +79,7 @@ CREATE INDEX sessions_by_activity ON sessions (ns, active_ms, id);
 CREATE TABLE branches (
     ns TEXT NOT NULL, session TEXT NOT NULL, name TEXT NOT NULL,
     made_seq INTEGER, fork_of TEXT, forked_from BLOB, fork_submission TEXT, -- CTL
-    last_turn INTEGER, sealed BLOB,                                    -- LOG
+    last_turn INTEGER, sealed BLOB,    -- LOG; of the dated name of a sealed line the promotion, from CTL
     PRIMARY KEY (ns, session, name)
 ) WITHOUT ROWID;
 
@@ -90,6 +90,8 @@ CREATE TABLE turns (
     number INTEGER NOT NULL,    -- turns before it on its line, as its invoke says
     previous INTEGER,           -- turns.id of the one before it
     timeout_ms INTEGER NOT NULL,
+    state BLOB,                 -- that it began with
+    source TEXT,                -- submission of the turn that it runs again
     invoke INTEGER NOT NULL,    -- nodes.id
     end_node INTEGER            -- nodes.id of the first end, by place
 );
@@ -109,7 +111,9 @@ CREATE TABLE results (
     request INTEGER,            -- nodes.id of its parent
     won INTEGER NOT NULL,       -- the first one to its key, by place
     ok INTEGER NOT NULL, http INTEGER NOT NULL, content_type TEXT NOT NULL,
-    state BLOB, tokens_in INTEGER, tokens_out INTEGER
+    state BLOB, tokens_in INTEGER, tokens_out INTEGER,
+    replayed BLOB,              -- hash of the result of another turn that it was taken from
+    repaired INTEGER NOT NULL   -- and it was replaced
 );
 CREATE INDEX results_by_key ON results (turn, key);
 

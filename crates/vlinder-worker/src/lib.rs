@@ -13,6 +13,7 @@ pub mod offers;
 pub mod replicas;
 pub mod service;
 pub mod serving;
+pub mod turns;
 
 pub use cx::{Control, Held, WorkerCx, WorkerId};
 pub use jobs::{Handler, Job, Outcome, Slots, serve_queue, serve_queue_in};

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY, NOTE_TOOK_US};
+use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY, NOTE_REQUEST, NOTE_TOOK_US};
 use vlinder_bus::{Message, Stored, Subject};
 use vlinder_core::record::{CallResult, CallStatus, Request};
 use vlinder_core::{CallKey, Kind, Namespace, StateRoot, SubmissionId};
@@ -168,6 +168,7 @@ impl<S: Service> ServiceHandler<S> {
         let message = Message::new(self.cx.log(), subject, node, answer.body)
             .note(NOTE_BY, &self.cx.id)
             .note(NOTE_ATTEMPT, attempt)
+            .note(NOTE_REQUEST, stored.seq)
             .note(NOTE_TOOK_US, took.as_micros());
         self.cx.bus.append(message).await?;
         Ok(())

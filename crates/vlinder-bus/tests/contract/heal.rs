@@ -63,6 +63,7 @@ fn invoke(turn: &str, input: &str, last: u64) -> Message {
         state: None,
         timeout_ms: 1000,
         origin: None,
+        source: None,
     };
     let node = invoke.to_node(vec![NodeHash::from_bytes([2; 32])], input.as_bytes());
     let mut message =

@@ -8,6 +8,7 @@ mod logs;
 mod model;
 mod queue;
 mod repl;
+mod replay;
 mod run;
 mod secret;
 mod session;
@@ -105,8 +106,6 @@ fn later(command: &Command) -> Option<&'static str> {
     Some(match command {
         Command::Why(_) => "why",
         Command::Session(Session::Diff(_)) => "session diff",
-        Command::Session(Session::Replay(_)) => "session replay",
-        Command::Session(Session::Repair(_)) => "session repair",
         Command::Session(Session::Export(_)) => "session export",
         Command::Node(Node::Describe(_)) => "node describe",
         Command::Node(Node::Cordon(_)) => "node cordon",

@@ -27,12 +27,19 @@ pub async fn run(cx: &Cx<'_>, command: Session) -> Result<(), Error> {
         Session::Fork { id, from, name } => fork(cx, id, from, name).await,
         Session::Promote { branch, session } => promote(cx, branch, session).await,
         Session::Verify { id } => verify(cx, id).await,
+        Session::Replay(args) => super::replay::replay(cx, args).await,
+        Session::Repair(args) => super::replay::repair(cx, args).await,
         // Refused before they come here.
-        Session::Diff(_) | Session::Replay(_) | Session::Repair(_) | Session::Export(_) => Ok(()),
+        Session::Diff(_) | Session::Export(_) => Ok(()),
     }
 }
 
-async fn some(cx: &Cx<'_>, agent: &str, limit: u32) -> Result<Vec<proto::SessionSummary>, Error> {
+/// The last active sessions, at most so many.
+pub async fn some(
+    cx: &Cx<'_>,
+    agent: &str,
+    limit: u32,
+) -> Result<Vec<proto::SessionSummary>, Error> {
     let mut sessions = Vec::new();
     let mut before = String::new();
     loop {
@@ -159,6 +166,10 @@ pub fn show_turn(cx: &Cx<'_>, turn: &proto::Turn, full: bool) -> Result<(), Erro
         text::span(turn.duration_ms),
     );
     cx.out.line(&text::safe_line(&head))?;
+    if !turn.source.is_empty() {
+        cx.out
+            .line(&format!("  again   {}", text::safe_line(&turn.source)))?;
+    }
     if !turn.hash.is_empty() {
         cx.out
             .line(&format!("  hash    {}", text::safe_line(&turn.hash)))?;
@@ -198,7 +209,7 @@ fn show_calls(cx: &Cx<'_>, turn: &proto::Turn) -> Result<(), Error> {
             call.model.clone(),
             text::span(call.duration_ms),
             tokens(call),
-            call.status.clone(),
+            status(call),
             text::short(&call.hash, 12).to_owned(),
         ]);
     }
@@ -206,6 +217,15 @@ fn show_calls(cx: &Cx<'_>, turn: &proto::Turn) -> Result<(), Error> {
         return Ok(());
     }
     cx.out.table(&table, "")
+}
+
+/// What became of a call, and whether its answer came from the record of another turn.
+pub fn status(call: &proto::Call) -> String {
+    match (call.replayed.is_empty(), call.repaired) {
+        (true, _) => call.status.clone(),
+        (false, false) => format!("{} (replayed)", call.status),
+        (false, true) => format!("{} (repaired)", call.status),
+    }
 }
 
 /// `in/out`, where they are known.
@@ -265,7 +285,7 @@ async fn fork(cx: &Cx<'_>, id: String, from: String, name: String) -> Result<(),
 
 /// The id that a name or the beginning of an id means. Where the record does not know it the harness is
 /// asked as it stands: it knows sessions that the record has not seen yet.
-async fn full_id(cx: &Cx<'_>, id: &str) -> Result<String, Error> {
+pub async fn full_id(cx: &Cx<'_>, id: &str) -> Result<String, Error> {
     let request = proto::GetSessionRequest {
         session: id.to_owned(),
         limit: 1,
@@ -291,7 +311,10 @@ async fn promote(cx: &Cx<'_>, branch: String, session: Option<String>) -> Result
     let promoted = cx.client.promote(request).await?;
     let sealed = match promoted.sealed.is_empty() {
         true => "it was the default branch already".to_owned(),
-        false => format!("{} is sealed", promoted.sealed),
+        false => format!(
+            "{} is sealed, and also kept as {}",
+            promoted.sealed, promoted.sealed_as
+        ),
     };
     let sentence = format!(
         "{} is the default branch of session {session}; {sealed}",
@@ -301,6 +324,7 @@ async fn promote(cx: &Cx<'_>, branch: String, session: Option<String>) -> Result
         "session": session,
         "default_branch": promoted.default_branch,
         "sealed": promoted.sealed,
+        "sealed_as": promoted.sealed_as,
     });
     cx.out.done(value, &sentence)
 }

@@ -1,7 +1,7 @@
 //! `vlinder turn`.
 
 use super::Cx;
-use super::session::{show_turn, tokens};
+use super::session::{show_turn, status, tokens};
 use crate::args::Turn;
 use crate::error::Error;
 use crate::table::{Column, Table};
@@ -107,7 +107,7 @@ pub fn show_calls(cx: &Cx<'_>, detail: &proto::TurnDetail) -> Result<(), Error> 
             call.backend,
             call.operation,
             call.model,
-            call.status,
+            status(&call),
             text::span(call.duration_ms),
             if tokens.is_empty() {
                 String::new()

@@ -152,8 +152,6 @@ fn commands_of_later_releases_are_neither_listed_nor_unknown() {
     let shell = Shell::new();
     for args in [
         &["session", "diff", "s", "a", "b"][..],
-        &["session", "replay", "s", "--branch", "b"],
-        &["session", "repair", "s", "--node", "h", "--with", "f"],
         &["session", "export", "s"],
         &["why", "t"],
     ] {
@@ -165,7 +163,7 @@ fn commands_of_later_releases_are_neither_listed_nor_unknown() {
         );
     }
     let help = shell.run(&["session", "--help"]);
-    for hidden in ["diff", "replay", "repair", "export"] {
+    for hidden in ["diff", "export"] {
         assert!(!text(&help.stdout).contains(hidden), "{hidden}");
     }
 }

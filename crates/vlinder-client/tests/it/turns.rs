@@ -71,6 +71,7 @@ impl Harness for Fake {
     type RunStream = Boxed<RunEvent>;
     type EventsStream = Boxed<Event>;
     type BenchStream = Boxed<BenchEvent>;
+    type ReplayStream = Boxed<ReplayEvent>;
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         self.requests.lock().unwrap().push(request.into_inner());
@@ -104,6 +105,12 @@ impl Harness for Fake {
         &self,
         _: Request<PromoteRequest>,
     ) -> Result<Response<PromoteResponse>, Status> {
+        unused()
+    }
+    async fn replay(
+        &self,
+        _: Request<ReplayRequest>,
+    ) -> Result<Response<Self::ReplayStream>, Status> {
         unused()
     }
     async fn list_queues(

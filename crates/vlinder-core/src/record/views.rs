@@ -30,6 +30,34 @@ pub struct Invoke {
     pub timeout_ms: u64,
     /// Who delegated it, if an agent did.
     pub origin: Option<Origin>,
+    /// The turn that it runs again, if it is a replay.
+    pub source: Option<Source>,
+}
+
+/// The turn that a turn runs again. Its calls are answered from that turn's record as far as they are the
+/// same, and live from there on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The turn that is run again; of any session and agent of the namespace.
+    pub submission: SubmissionId,
+    /// A node of that turn: only this one and its ancestors count as its record. Its invoke: nothing does.
+    pub until: Option<NodeHash>,
+    /// The session event that replaces one recorded answer of that turn.
+    pub repair: Option<NodeHash>,
+    /// The model that answers instead of those that the agent asks.
+    pub model: Option<Selector>,
+}
+
+impl Source {
+    /// All that `submission` has on record.
+    pub fn whole(submission: SubmissionId) -> Self {
+        Self {
+            submission,
+            until: None,
+            repair: None,
+            model: None,
+        }
+    }
 }
 
 /// Where a delegated turn comes from.
@@ -72,6 +100,24 @@ impl Invoke {
             .with_some("caller", self.origin.as_ref().map(|origin| &origin.caller))
             .with_some("trace", self.origin.as_ref().map(|origin| &origin.trace))
             .with_some("depth", self.origin.as_ref().map(|origin| origin.depth))
+            .with_some(
+                "source",
+                self.source.as_ref().map(|source| &source.submission),
+            )
+            .with_some(
+                "until",
+                self.source.as_ref().and_then(|source| source.until),
+            )
+            .with_some(
+                "repair",
+                self.source.as_ref().and_then(|source| source.repair),
+            )
+            .with_some(
+                "replay_model",
+                self.source
+                    .as_ref()
+                    .and_then(|source| source.model.as_ref()),
+            )
     }
 }
 
@@ -87,6 +133,15 @@ impl TryFrom<&Node> for Invoke {
             }),
             None => None,
         };
+        let source = match node.parse_some("source")? {
+            Some(submission) => Some(Source {
+                submission,
+                until: node.parse_some("until")?,
+                repair: node.parse_some("repair")?,
+                model: node.parse_some("replay_model")?,
+            }),
+            None => None,
+        };
         Ok(Self {
             namespace: node.parse("namespace")?,
             agent: node.parse("agent")?,
@@ -98,6 +153,7 @@ impl TryFrom<&Node> for Invoke {
             state: node.parse_some("state")?,
             timeout_ms: node.parse("timeout_ms")?,
             origin,
+            source,
         })
     }
 }
@@ -132,6 +188,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Whether the call can lead to another state.
+    pub fn may_change_state(&self) -> bool {
+        may_change_state(&self.service, &self.operation)
+    }
+
     /// The node, with the invoke or the maximal results as parents.
     pub fn to_node(&self, parents: Vec<NodeHash>, body: &[u8]) -> Node {
         Node::new(Kind::Request, parents, body)
@@ -169,6 +230,14 @@ impl TryFrom<&Node> for Request {
             deadline_ms: node.parse("deadline_ms")?,
         })
     }
+}
+
+/// Whether a call of this kind can lead to another state.
+pub fn may_change_state(service: &str, operation: &str) -> bool {
+    matches!(
+        (service, operation),
+        ("kv", "put" | "delete") | ("vec", "store" | "delete")
+    )
 }
 
 /// Whether a call worked.
@@ -350,104 +419,6 @@ impl TryFrom<&Node> for End {
     }
 }
 
-/// What happened to a session as a whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SessionVerb {
-    /// It began, with its `main` branch.
-    Start,
-    /// A branch was made that begins at `from`: an end, whose turn is the last of the new branch.
-    Fork {
-        /// The new branch.
-        branch: BranchName,
-        /// The branch that `from` is on.
-        of: BranchName,
-        /// The end node that the new branch begins at.
-        from: NodeHash,
-        /// The turn that `from` ends.
-        submission: SubmissionId,
-    },
-    /// A branch became the default one.
-    Promote {
-        /// The new default.
-        branch: BranchName,
-    },
-}
-
-/// A session began, was forked, or had a branch promoted. The body is empty.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SessionEvent {
-    /// Tenant.
-    pub namespace: Namespace,
-    /// The session.
-    pub session: SessionId,
-    /// The agent it talks to.
-    pub agent: AgentName,
-    /// A name for people; the id where none was given.
-    pub name: String,
-    /// What happened.
-    pub verb: SessionVerb,
-}
-
-impl SessionEvent {
-    /// The node; its parent is the session event before it.
-    pub fn to_node(&self, parents: Vec<NodeHash>) -> Node {
-        let node = Node::new(Kind::Session, parents, b"")
-            .with("namespace", &self.namespace)
-            .with("session", &self.session)
-            .with("agent", &self.agent)
-            .with("name", &self.name);
-        match &self.verb {
-            SessionVerb::Start => node.with("verb", "start"),
-            SessionVerb::Fork {
-                branch,
-                of,
-                from,
-                submission,
-            } => node
-                .with("verb", "fork")
-                .with("branch", branch)
-                .with("of", of)
-                .with("from", from)
-                .with("submission", submission),
-            SessionVerb::Promote { branch } => node.with("verb", "promote").with("branch", branch),
-        }
-    }
-}
-
-impl TryFrom<&Node> for SessionEvent {
-    type Error = DecodeError;
-    fn try_from(node: &Node) -> Result<Self, DecodeError> {
-        node.expect_kind(Kind::Session)?;
-        let verb = match node.field("verb") {
-            Some("start") => SessionVerb::Start,
-            Some("fork") => SessionVerb::Fork {
-                branch: node.parse("branch")?,
-                of: node.parse("of")?,
-                from: node.parse("from")?,
-                submission: node.parse("submission")?,
-            },
-            Some("promote") => SessionVerb::Promote {
-                branch: node.parse("branch")?,
-            },
-            Some(other) => {
-                let reason = format!("expected start, fork or promote, found {other:?}");
-                return Err(DecodeError::BadField {
-                    field: "verb",
-                    reason,
-                });
-            }
-            None => return Err(DecodeError::MissingField("verb")),
-        };
-        Ok(Self {
-            namespace: node.parse("namespace")?,
-            session: node.parse("session")?,
-            agent: node.parse("agent")?,
-            name: node.parse("name")?,
-            verb,
-        })
-    }
-}
-
 /// Something of the installation changed. The body is a JSON document whose shape `what` decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InfraEvent {
@@ -502,6 +473,11 @@ mod tests {
             state: Some(StateRoot::from_bytes([9; 32])),
             timeout_ms: 60_000,
             origin: None,
+            source: Some(Source {
+                until: Some(NodeHash::from_bytes([4; 32])),
+                model: Some(Selector::new("smollm2:135m").unwrap()),
+                ..Source::whole(SubmissionId::new("t-9").unwrap())
+            }),
         };
         let node = invoke.to_node(vec![], b"hello");
         assert_eq!(Invoke::try_from(&node), Ok(invoke));

@@ -9,16 +9,17 @@
 //! the call key, so that a resumed turn does not pay twice.
 
 use super::delegate::{self, Delegation};
+use super::replay;
 use crate::agent::Shared;
 use crate::turn::answers::Answered;
 use crate::turn::invocation::{Invocation, NotNow};
 use bytes::Bytes;
 use std::sync::Arc;
-use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY};
+use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY, NOTE_REQUEST};
 use vlinder_bus::{Appended, Message, Subject};
 use vlinder_core::hash::call_key;
 use vlinder_core::record::Request;
-use vlinder_core::{CallKey, Node, NodeHash, Selector, SubmissionId};
+use vlinder_core::{CallKey, Node, NodeHash, Selector, StateRoot, SubmissionId};
 use vlinder_worker::Answer;
 use vlinder_worker::service::call_subject;
 
@@ -77,8 +78,10 @@ impl From<NotNow> for CallError {
 /// A request that is ready to be sent.
 pub(crate) struct Prepared {
     pub key: CallKey,
-    node: Node,
+    pub node: Node,
     pub hash: NodeHash,
+    /// What a call to a store works on.
+    pub state: Option<StateRoot>,
     parents: Vec<NodeHash>,
 }
 
@@ -121,6 +124,7 @@ impl Ask {
         let key = if k == 0 { like } else { self.key(k).await };
         let parents = invocation.parents();
         let turn = &invocation.turn;
+        let state = invocation.root().filter(|_| self.is_for_store());
         let request = Request {
             namespace: turn.invoke.namespace.clone(),
             submission: turn.invoke.submission.clone(),
@@ -131,7 +135,7 @@ impl Ask {
             selector: self.selector.clone(),
             key,
             k,
-            state: invocation.root().filter(|_| self.is_for_store()),
+            state,
             label: self.label.clone(),
             deadline_ms: turn.deadline_ms,
         };
@@ -142,6 +146,7 @@ impl Ask {
             key,
             hash: node.hash(),
             node,
+            state,
             parents,
         }
     }
@@ -167,7 +172,7 @@ pub(crate) async fn perform(
         };
         loop {
             let prepared = ask.prepare(invocation, like).await;
-            let answered = match invocation.answers.get(&prepared.key) {
+            let answered = match recorded(shared, invocation, &ask, &prepared).await? {
                 Some(known) => known,
                 None => ask_and_wait(shared, invocation, &ask, &prepared).await?,
             };
@@ -180,6 +185,19 @@ pub(crate) async fn perform(
     tokio::select! {
         outcome = work => outcome,
         () = invocation.closed() => Err(CallError::Closed),
+    }
+}
+
+/// The answer to a call as the record of the turn has it, or that of the turn that it runs again.
+pub(crate) async fn recorded(
+    shared: &Shared,
+    invocation: &Invocation,
+    ask: &Ask,
+    prepared: &Prepared,
+) -> Result<Option<Arc<Answered>>, CallError> {
+    match invocation.answers.get(&prepared.key) {
+        Some(known) => Ok(Some(known)),
+        None => replay::answer(shared, invocation, ask, prepared).await,
     }
 }
 
@@ -247,7 +265,7 @@ async fn send(
     if ask.answerer == Answerer::Model {
         message.id = format!("request:{submission}:{}", prepared.key);
     }
-    append(shared, invocation, message).await?;
+    let asked = try_append(shared, invocation, message).await?;
     let answer = match &ask.answerer {
         Answerer::Store { .. } | Answerer::Model => None,
         Answerer::Bridge(answer) => Some(answer.clone()),
@@ -273,22 +291,14 @@ async fn send(
         let subject = call_subject(&cx.ns, submission);
         let message = Message::new(cx.log(), subject, node, answer.body.clone())
             .note(NOTE_BY, &cx.id)
-            .note(NOTE_ATTEMPT, invocation.turn.attempt);
-        append(shared, invocation, message).await?;
+            .note(NOTE_ATTEMPT, invocation.turn.attempt)
+            .note(NOTE_REQUEST, asked.seq);
+        try_append(shared, invocation, message).await?;
     }
     Ok(())
 }
 
-/// Appends, through outages, as long as the turn may take.
-async fn append(
-    shared: &Shared,
-    invocation: &Invocation,
-    message: Message,
-) -> Result<(), CallError> {
-    try_append(shared, invocation, message).await.map(|_| ())
-}
-
-/// The same; tells where it stands.
+/// Appends, through outages, as long as the turn may take; tells where it stands.
 pub(crate) async fn try_append(
     shared: &Shared,
     invocation: &Invocation,

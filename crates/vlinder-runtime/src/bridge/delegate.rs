@@ -12,6 +12,7 @@ use super::call::{self, Answerer, Ask, CallError, Prepared, try_append};
 use super::reply::{Reply, error};
 use super::{of_answer, of_error};
 use crate::agent::Shared;
+use crate::turn::answers::Answered;
 use crate::turn::invocation::Invocation;
 use bytes::Bytes;
 use futures::StreamExt;
@@ -97,18 +98,30 @@ pub(super) async fn delegate(
         Err(error) => return of_error(&error),
     };
     if answered.result.status == CallStatus::Ok {
-        // Also of a call that was answered from the record.
-        let (handle, _) = delegated(&invocation.turn.invoke.submission, &answered.result.key);
+        // Also of a call that was answered from the record, where the handle may be that of another turn.
         let target = found
             .map(|(target, _)| target)
             .or_else(|_| AgentName::new(&asked));
-        if let Ok(target) = target {
-            invocation.delegated(handle, target);
+        match (handle_in(shared, &answered).await, target) {
+            (Err(error), _) => return of_error(&error),
+            (Ok(Some(handle)), Ok(target)) => invocation.delegated(handle, target),
+            // A repaired answer may be anything.
+            _ => {}
         }
     }
     of_answer(shared, &answered)
         .await
         .unwrap_or_else(|error| of_error(&error))
+}
+
+/// The handle that an answer gives.
+async fn handle_in(
+    shared: &Shared,
+    answered: &Answered,
+) -> Result<Option<SubmissionId>, CallError> {
+    let body = answered.body(&shared.cx.bus, &shared.cx.log()).await?;
+    let read: Option<WaitBody> = serde_json::from_slice(&body).ok();
+    Ok(read.and_then(|read| SubmissionId::new(&read.handle).ok()))
 }
 
 /// The agent behind a name and how long its turns may take, or why this turn may not ask it.
@@ -183,7 +196,7 @@ impl Delegation {
             ns: cx.ns.clone(),
             session: session.clone(),
         };
-        let node = event.to_node(vec![prepared.hash]);
+        let node = event.to_node(vec![prepared.hash], b"");
         let message = Message::new(cx.ctl(), subject.clone(), node, Bytes::new()).expecting(0);
         let start = match try_append(shared, invocation, message).await {
             Ok(appended) => appended.hash,
@@ -214,6 +227,7 @@ impl Delegation {
                 trace: caller.trace().clone(),
                 depth: caller.depth() + 1,
             }),
+            source: None,
         };
         let subject = Subject::Invoke {
             ns: cx.ns.clone(),

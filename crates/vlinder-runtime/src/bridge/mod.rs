@@ -10,6 +10,7 @@ mod callers;
 mod delegate;
 mod egress;
 mod listing;
+mod replay;
 mod reply;
 mod route;
 mod secret;
@@ -409,7 +410,13 @@ async fn perform(shared: Arc<Shared>, allowed: Allowed, body: Bytes) -> Reply {
                     );
                 }
             };
-            let model = match known_model(&shared, backend, wanted.model.as_deref()).await {
+            let replaced = invocation.source.as_ref();
+            let replaced = replaced.and_then(|source| source.model.as_ref());
+            let (name, body) = match replaced.filter(|_| service == "infer") {
+                None => (wanted.model, body),
+                Some(model) => (Some(model.to_string()), with_model(&body, model)),
+            };
+            let model = match known_model(&shared, backend, name.as_deref()).await {
                 Ok(model) => model,
                 Err(refusal) => return refusal,
             };
@@ -435,6 +442,18 @@ async fn perform(shared: Arc<Shared>, allowed: Allowed, body: Bytes) -> Reply {
         Err(error) => Err(error),
     };
     replied.unwrap_or_else(|error| of_error(&error))
+}
+
+/// The same request to another model.
+fn with_model(body: &Bytes, model: &Selector) -> Bytes {
+    match serde_json::from_slice::<serde_json::Map<_, _>>(body) {
+        Ok(mut fields) => {
+            fields.insert("model".to_owned(), model.as_str().into());
+            serde_json::Value::Object(fields).to_string().into()
+        }
+        // It was read as an object before.
+        Err(_) => body.clone(),
+    }
 }
 
 /// A call that changes state runs to its end even when the agent hangs up: the next one builds on it.

@@ -7,7 +7,7 @@
 //! agent was given, then what the agent does is not explained by the record: the invocation is void,
 //! and the turn is tried again from the record, which has the answer by now.
 
-use super::call::{Ask, CallError, Prepared, ask_and_wait, give};
+use super::call::{self, Ask, CallError, Prepared, ask_and_wait, give};
 use super::reply::{Broken, Reply, reply, streamed};
 use super::with_answer_headers;
 use crate::agent::Shared;
@@ -95,7 +95,7 @@ pub(crate) async fn perform(
     let begin = async {
         let like = ask.like().await;
         let prepared = ask.prepare(&invocation, like).await;
-        if let Some(answered) = invocation.answers.get(&prepared.key) {
+        if let Some(answered) = call::recorded(&shared, &invocation, &ask, &prepared).await? {
             give(&shared, &invocation, &ask, &prepared, &answered).await?;
             return Ok::<_, CallError>((prepared, None, Some(answered)));
         }

@@ -35,7 +35,7 @@ pub(crate) struct Answered {
 }
 
 impl Answered {
-    fn new(result: CallResult, stored: Stored, hold: bool) -> Self {
+    pub fn new(result: CallResult, stored: Stored, hold: bool) -> Self {
         let is_small = stored.body.len() <= HELD_BYTES_MAX;
         Self {
             result,

@@ -4,6 +4,7 @@
 //! zero, so that the agent's repeated calls get their old keys and are answered from the record.
 
 use super::answers::{Answered, Answers};
+use super::source::SourceRecord;
 use crate::pool::Pool;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -52,6 +53,8 @@ pub(crate) struct Invocation {
     pub id: String,
     pub turn: Arc<TurnFacts>,
     pub answers: Arc<Answers>,
+    /// What it runs again, if it is a replay.
+    pub source: Option<Arc<SourceRecord>>,
     /// Where its instance stands.
     pub pool: Arc<Pool>,
     state: Mutex<State>,
@@ -85,7 +88,12 @@ impl Invocation {
     /// The id is new each time: where the bus forgot that it delivered a turn, another try of it may
     /// run beside this one with the same delivery count, even in the same instance, and the calls of one
     /// must never be taken for calls of the other.
-    pub fn new(turn: Arc<TurnFacts>, answers: Arc<Answers>, pool: Arc<Pool>) -> Self {
+    pub fn new(
+        turn: Arc<TurnFacts>,
+        answers: Arc<Answers>,
+        source: Option<Arc<SourceRecord>>,
+        pool: Arc<Pool>,
+    ) -> Self {
         let id = format!("{}.{:016x}", turn.invoke.submission, rand::random::<u64>());
         let state = State {
             counts: HashMap::new(),
@@ -101,6 +109,7 @@ impl Invocation {
             id,
             turn,
             answers,
+            source,
             pool,
             state: Mutex::new(state),
             writes: Arc::default(),

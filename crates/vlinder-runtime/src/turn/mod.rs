@@ -10,6 +10,7 @@
 pub(crate) mod answers;
 pub(crate) mod invocation;
 mod reply;
+pub(crate) mod source;
 
 pub(crate) use reply::INVOCATION_HEADER;
 
@@ -23,6 +24,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use invocation::{Invocation, TurnFacts};
+use source::SourceRecord;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -230,9 +232,10 @@ impl<'a> Turn<'a> {
             return Ok(());
         }
         let gaps = bus.gaps();
-        let (seen, history, input, (), caller) = tokio::try_join!(
+        let (seen, history, source, input, (), caller) = tokio::try_join!(
             bus.seen_end(&cx.ns, submission),
             self.history(),
+            SourceRecord::read(cx, self.invoke, &self.facts.invoke),
             bus.load(&self.invoke.body),
             bus.settled(&log, self.facts.seq),
             self.watch_caller(),
@@ -255,12 +258,21 @@ impl<'a> Turn<'a> {
                 return Ok(());
             }
         };
+        let source = match source {
+            Ok(source) => source,
+            Err(why) => {
+                let why = format!("what this turn should run again cannot be read: {why}");
+                self.end(Ending::failed("source_unreadable", &why), None)
+                    .await?;
+                return Ok(());
+            }
+        };
         let mut faults = 0;
         loop {
             if self.answers.end().is_some() {
                 return Ok(());
             }
-            let (tried, invocation) = self.attempt(&mut live, &history, &input).await;
+            let (tried, invocation) = self.attempt(&mut live, &history, &source, &input).await;
             let ending = match tried {
                 Tried::EndedElsewhere => return Ok(()),
                 Tried::Ending(ending) => ending,
@@ -339,6 +351,7 @@ impl<'a> Turn<'a> {
         &self,
         live: &mut Live,
         history: &Arc<History>,
+        source: &Option<Arc<SourceRecord>>,
         input: &Bytes,
     ) -> (Tried, Option<Arc<Invocation>>) {
         let surge = |deployment| surge::spawn(self.agent, deployment);
@@ -356,7 +369,8 @@ impl<'a> Turn<'a> {
         };
         let facts = &self.facts;
         let pool = self.agent.pool.clone();
-        let invocation = Invocation::new(facts.clone(), self.answers.clone(), pool);
+        let (answers, source) = (self.answers.clone(), source.clone());
+        let invocation = Invocation::new(facts.clone(), answers, source, pool);
         let invocation = Arc::new(invocation);
         let open = lease.replica().caller.open(invocation.clone());
         let body = if lease.replica().takes_json {

@@ -278,7 +278,7 @@ impl Bed {
             name: session.to_string(),
             verb: SessionVerb::Start,
         };
-        let node = event.to_node(vec![]);
+        let node = event.to_node(vec![], b"");
         let subject = Subject::Session {
             ns: self.cx.ns.clone(),
             session: session.clone(),
@@ -429,6 +429,7 @@ impl Session {
             state: self.state,
             timeout_ms: self.timeout_ms,
             origin: None,
+            source: None,
         };
         let input = input.into();
         let node = invoke.to_node(vec![self.parent], &input);

@@ -141,12 +141,12 @@ def turn(body, request):
         session: forked.session.clone(),
         agent: forked.agent.clone(),
         name: "fork".to_owned(),
-        verb: vlinder_core::record::SessionVerb::Fork {
+        verb: vlinder_core::record::SessionVerb::Fork(vlinder_core::record::BranchStart {
             branch: forked.branch.clone(),
             of: fork_at.branch.clone(),
             from: fork_at.parent,
-            submission: fork_at.previous.clone().unwrap(),
-        },
+            submission: fork_at.previous.clone(),
+        }),
     };
     let subject = vlinder_bus::Subject::Session {
         ns: bed.cx.ns.clone(),
@@ -155,7 +155,7 @@ def turn(body, request):
     let message = vlinder_bus::Message::new(
         bed.cx.ctl(),
         subject,
-        event.to_node(vec![]),
+        event.to_node(vec![], b""),
         bytes::Bytes::new(),
     );
     bed.bus.append(message).await.unwrap();

@@ -8,6 +8,8 @@ mod bench;
 mod dead;
 mod ends;
 pub mod events;
+mod points;
+mod replay;
 mod room;
 mod run;
 mod said;
@@ -17,6 +19,7 @@ use crate::status;
 use sessions::Sessions;
 use std::pin::Pin;
 use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 use vlinder_core::{BranchName, SessionId, SubmissionId};
@@ -24,8 +27,8 @@ use vlinder_proto::harness::harness_server::Harness;
 use vlinder_proto::harness::{
     BenchEvent, BenchRequest, CancelRequest, CancelResponse, Event, EventsRequest, ForkRequest,
     ForkResponse, ListDeadRequest, ListDeadResponse, ListQueuesRequest, ListQueuesResponse,
-    PromoteRequest, PromoteResponse, Queue, RedriveDeadRequest, RedriveDeadResponse, RunEvent,
-    RunRequest, ShowDeadRequest, ShowDeadResponse,
+    PromoteRequest, PromoteResponse, Queue, RedriveDeadRequest, RedriveDeadResponse, ReplayEvent,
+    ReplayRequest, RunEvent, RunRequest, ShowDeadRequest, ShowDeadResponse,
 };
 use vlinder_worker::infra::InfraView;
 use vlinder_worker::{Error, WorkerCx};
@@ -66,20 +69,26 @@ impl HarnessService {
             room: room::Room::default(),
         })))
     }
+
+    /// A place for one more turn.
+    fn place(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.0.places.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{TURNS_MAX} turns are in flight here; try again when some have ended"
+            ))
+        })
+    }
 }
 
 #[tonic::async_trait]
 impl Harness for HarnessService {
     type RunStream = Events<RunEvent>;
+    type ReplayStream = Events<ReplayEvent>;
     type EventsStream = Events<Event>;
     type BenchStream = Events<BenchEvent>;
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
-        let place = self.0.places.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!(
-                "{TURNS_MAX} turns are in flight here; try again when some have ended"
-            ))
-        })?;
+        let place = self.place()?;
         let turn = run::accept(&self.0, request.into_inner()).await?;
         Ok(Response::new(Box::pin(
             turn.into_stream(self.0.clone(), place),
@@ -106,7 +115,13 @@ impl Harness for HarnessService {
         status::namespace(&request.namespace)?;
         let session = SessionId::new(&request.session).map_err(status::of_id)?;
         let name = BranchName::new(&request.name).map_err(status::of_id)?;
-        let from = self.0.sessions.fork(&session, &request.from, &name).await?;
+        let turn = match request.turn.as_str() {
+            "" => None,
+            turn => Some(SubmissionId::new(turn).map_err(status::of_id)?),
+        };
+        let sessions = &self.0.sessions;
+        let forked = sessions.fork(&session, &request.from, turn.as_ref(), &name);
+        let from = forked.await?;
         Ok(Response::new(ForkResponse {
             branch: name.to_string(),
             from: from.to_string(),
@@ -122,10 +137,24 @@ impl Harness for HarnessService {
         let session = SessionId::new(&request.session).map_err(status::of_id)?;
         let branch = BranchName::new(&request.branch).map_err(status::of_id)?;
         let sealed = self.0.sessions.promote(&session, &branch).await?;
+        let (sealed, sealed_as) = match sealed {
+            Some((name, dated)) => (name.to_string(), dated.to_string()),
+            None => Default::default(),
+        };
         Ok(Response::new(PromoteResponse {
             default_branch: branch.to_string(),
-            sealed: sealed.map(|name| name.to_string()).unwrap_or_default(),
+            sealed,
+            sealed_as,
         }))
+    }
+
+    async fn replay(
+        &self,
+        request: Request<ReplayRequest>,
+    ) -> Result<Response<Self::ReplayStream>, Status> {
+        let place = self.place()?;
+        let events = replay::stream(self.0.clone(), request.into_inner(), place).await?;
+        Ok(Response::new(Box::pin(events)))
     }
 
     async fn list_queues(

@@ -16,10 +16,10 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tracing::Instrument;
-use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_BY};
+use vlinder_bus::wire::{NOTE_AGENT_US, NOTE_BY, NOTE_SOURCE};
 use vlinder_bus::{Gaps, Message, Seen, Signal, Stored, subjects};
 use vlinder_core::manifest::TIMEOUT_MAX;
-use vlinder_core::record::{End, Invoke, Outcome};
+use vlinder_core::record::{End, Invoke, Outcome, Source};
 use vlinder_core::{
     AgentName, BODY_BYTES_MAX, BranchName, ContentHash, NodeHash, SessionId, SubmissionId,
 };
@@ -39,6 +39,16 @@ const DEADLINE_GRACE: Duration = Duration::from_millis(500);
 /// Most turns on one branch that a search for a submission looks through.
 const SEARCH_MAX: usize = 100_000;
 
+/// What makes a turn a replay.
+pub struct Replayed {
+    /// The turn that it runs again.
+    pub source: Source,
+    /// Where the invoke of that turn stands.
+    pub source_seq: u64,
+    /// The turn that must stand before it.
+    pub follows: Option<SubmissionId>,
+}
+
 /// A turn that is stored and will end.
 pub struct Turn {
     accepted: proto::Accepted,
@@ -54,10 +64,21 @@ pub struct Turn {
     cancel_on_disconnect: bool,
     /// The session that the client named, if it did.
     asked_session: Option<SessionId>,
+    /// Of a replay: where its source stands, and what must stand before it.
+    replayed: Option<(u64, Option<SubmissionId>)>,
 }
 
 /// Checks a request and stores its turn, or finds the turn that its submission names.
 pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn, Status> {
+    accept_as(shared, request, None).await
+}
+
+/// The same for a turn that may be a replay.
+pub async fn accept_as(
+    shared: &Shared,
+    request: proto::RunRequest,
+    replayed: Option<Replayed>,
+) -> Result<Turn, Status> {
     let ns = status::namespace(&request.namespace)?;
     let agent = AgentName::new(&request.agent).map_err(status::of_id)?;
     let len = request.input.len() as u64;
@@ -94,6 +115,13 @@ pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn,
     } else {
         futures::stream::pending().boxed()
     };
+    let (source, replayed) = match replayed {
+        Some(replayed) => (
+            Some(replayed.source),
+            Some((replayed.source_seq, replayed.follows)),
+        ),
+        None => (None, None),
+    };
     let mut turn = Turn {
         accepted: proto::Accepted::default(),
         invoke: Invoke {
@@ -107,6 +135,7 @@ pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn,
             state: None,
             timeout_ms: timeout.as_millis() as u64,
             origin: None,
+            source,
         },
         invoke_hash: NodeHash::from_bytes([0; 32]),
         invoke_seq: 0,
@@ -117,6 +146,7 @@ pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn,
         chunks,
         cancel_on_disconnect: request.cancel_on_disconnect,
         asked_session: None,
+        replayed,
     };
     let input = Bytes::from(request.input);
     turn.asked_session = (!request.session.is_empty()).then_some(session_id);
@@ -142,7 +172,11 @@ pub async fn accept(shared: &Shared, request: proto::RunRequest) -> Result<Turn,
 }
 
 /// The turn's time limit; fails when the agent does not exist.
-async fn timeout_of(shared: &Shared, agent: &AgentName, asked_ms: u64) -> Result<Duration, Status> {
+pub async fn timeout_of(
+    shared: &Shared,
+    agent: &AgentName,
+    asked_ms: u64,
+) -> Result<Duration, Status> {
     let mut infra = shared.infra.now();
     if infra.agent(agent).is_none() {
         infra = shared.infra.fresh().await.map_err(status::of_worker)?;
@@ -282,8 +316,8 @@ async fn begin_or_attach(
             }
             BranchEnd::Sealed => {
                 return Err(Status::failed_precondition(format!(
-                    "branch {} of session {id} is sealed; fork it or use the default branch",
-                    turn.invoke.branch
+                    "branch {} of session {id} is sealed and takes no more turns; {} is the default branch, and any node can be forked",
+                    turn.invoke.branch, session.default_branch
                 )));
             }
         };
@@ -293,6 +327,14 @@ async fn begin_or_attach(
                 turn.accepted.attached = true;
                 return Ok(());
             }
+        }
+        if let Some((_, follows)) = &turn.replayed
+            && *follows != head.previous
+        {
+            return Err(Status::already_exists(format!(
+                "branch {} of session {id} has turns that are not of this replay; give another name",
+                turn.invoke.branch
+            )));
         }
         shared.room.admit(&shared.cx).await?;
         turn.invoke.turn = head.turns;
@@ -307,6 +349,9 @@ async fn begin_or_attach(
             .note(NOTE_BY, &shared.cx.id);
         // By submission, so that a client's retry is swallowed whichever harness it meets.
         message.id = format!("invoke:{}", turn.invoke.submission);
+        if let Some((source_seq, _)) = &turn.replayed {
+            message = message.note(NOTE_SOURCE, source_seq);
+        }
         match shared.cx.bus.append(message).await {
             Ok(done) if !done.duplicate => {
                 turn.invoke_hash = done.hash;
@@ -362,6 +407,8 @@ impl Turn {
             .is_some_and(|asked| *asked != invoke.session)
         {
             "another session"
+        } else if invoke.source != self.invoke.source {
+            "another replay, or as none"
         } else {
             return Ok(());
         };
@@ -397,8 +444,26 @@ impl Turn {
 
     /// Waits for the end without a client: the end and the agent's HTTP time in microseconds.
     pub async fn finish(self, shared: &Shared) -> Result<(proto::End, u64), Status> {
+        self.finish_telling(shared, |_| ()).await
+    }
+
+    /// The same; `waits` is told why nobody can serve the turn at the moment.
+    pub async fn finish_telling(
+        self,
+        shared: &Shared,
+        mut waits: impl FnMut(String),
+    ) -> Result<(proto::End, u64), Status> {
         let (tx, mut rx) = mpsc::channel(EVENTS_MAX);
-        let drain = async { while rx.recv().await.is_some() {} };
+        let drain = async {
+            while let Some(event) = rx.recv().await {
+                if let Ok(proto::RunEvent {
+                    event: Some(Event::Waiting(waiting)),
+                }) = event
+                {
+                    waits(waiting.reason);
+                }
+            }
+        };
         let (end, ()) = futures::join!(
             async {
                 let end = self.follow(shared, &tx).await;

@@ -3,22 +3,27 @@
 //! A remembered head is a guess: the compare-and-append of the next invoke proves it, and a
 //! wrong guess is read again. So any number of harnesses may remember the same branch.
 
+use super::points::Where;
 use crate::status;
+use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::Mutex;
+use time::OffsetDateTime;
 use tonic::Status;
-use vlinder_bus::{Message, Stored, Subject, subjects};
-use vlinder_core::record::{End, Invoke, SessionEvent, SessionVerb};
+use vlinder_bus::{Message, Stored, Subject};
+use vlinder_core::record::{BranchStart, End, Invoke, Repair, SessionEvent, SessionVerb};
 use vlinder_core::{
-    AgentName, BranchName, Kind, Node, NodeHash, SessionId, StateRoot, SubmissionId,
+    AgentName, BranchName, ContentHash, Kind, Node, NodeHash, SessionId, StateRoot, SubmissionId,
 };
-use vlinder_worker::WorkerCx;
+use vlinder_worker::{WorkerCx, turns};
 
 /// Heads that are remembered; beyond that all are forgotten and read again.
 const HEADS_MAX: usize = 20_000;
+/// How often an event is tried again that lost a race with another one of its session.
+const EVENT_TRIES: usize = 8;
 /// Most events of one session (start, forks, promotions).
 const SESSION_EVENTS_MAX: usize = 10_000;
-/// Most turns of one session that a search for a hash looks through.
+/// Most turns of one branch that are looked through.
 const SEARCH_MAX: usize = 100_000;
 
 /// A session as its events tell.
@@ -30,21 +35,67 @@ pub struct Session {
     pub name: String,
     /// The branch that turns go to when none is named.
     pub default_branch: BranchName,
-    /// All branches with where they begin: `None` for `main`.
-    pub branches: Vec<(BranchName, Option<ForkPoint>)>,
+    /// All branches in the order in which they were made.
+    pub branches: Vec<Branch>,
     /// The last event.
     pub last: NodeHash,
     /// Its sequence in `CTL`.
     pub last_seq: u64,
 }
 
-/// Where a forked branch begins.
+/// A branch as the session's events tell.
 #[derive(Debug, Clone)]
-pub struct ForkPoint {
-    /// The end of the turn that comes before the branch's first one.
-    pub from: NodeHash,
-    /// That turn.
-    pub submission: SubmissionId,
+pub struct Branch {
+    /// Its name.
+    pub name: BranchName,
+    /// Where it begins; `None` for `main`.
+    pub start: Option<BranchStart>,
+    /// The event that made it.
+    pub event: NodeHash,
+    /// The answer that is replaced on it, with the hash of the new one.
+    pub repair: Option<(Repair, ContentHash)>,
+    /// It is the dated name of a line that was sealed: it never takes a turn.
+    pub is_dated: bool,
+}
+
+impl Session {
+    /// A branch by its name.
+    pub fn branch(&self, name: &BranchName) -> Option<&Branch> {
+        self.branches.iter().find(|branch| branch.name == *name)
+    }
+
+    /// A branch that must exist.
+    pub fn need_branch(&self, name: &BranchName) -> Result<&Branch, Status> {
+        self.branch(name).ok_or_else(|| {
+            let names: Vec<&str> = self
+                .branches
+                .iter()
+                .map(|branch| branch.name.as_str())
+                .collect();
+            Status::not_found(format!(
+                "branch {name} does not exist; this session has: {}",
+                names.join(", ")
+            ))
+        })
+    }
+
+    fn begun(agent: AgentName, name: String, last: NodeHash, last_seq: u64) -> Self {
+        let main = Branch {
+            name: BranchName::main(),
+            start: None,
+            event: last,
+            repair: None,
+            is_dated: false,
+        };
+        Self {
+            agent,
+            name,
+            default_branch: BranchName::main(),
+            branches: vec![main],
+            last,
+            last_seq,
+        }
+    }
 }
 
 /// What the next turn of a branch follows.
@@ -62,6 +113,19 @@ pub struct Head {
     pub turns: u64,
 }
 
+impl Head {
+    /// Of a line without any turn; `event` is the one of the session that it begins with.
+    fn at_the_beginning(event: NodeHash) -> Self {
+        Self {
+            seq: 0,
+            parent: event,
+            previous: None,
+            state: None,
+            turns: 0,
+        }
+    }
+}
+
 /// What stands at the end of a branch.
 pub enum BranchEnd {
     /// The next turn may begin.
@@ -74,7 +138,7 @@ pub enum BranchEnd {
 
 /// Reads sessions and remembers heads.
 pub struct Sessions {
-    cx: WorkerCx,
+    pub(super) cx: WorkerCx,
     /// With the connection that they were learned on: a server that was away may have lost its tail, and
     /// other messages may have the numbers now.
     heads: Mutex<HashMap<(SessionId, BranchName), (u64, Head)>>,
@@ -148,19 +212,12 @@ impl Sessions {
             },
             verb: SessionVerb::Start,
         };
-        let node = event.to_node(vec![]);
+        let node = event.to_node(vec![], b"");
         let message =
-            Message::new(self.cx.ctl(), self.subject(id), node, bytes::Bytes::new()).expecting(0);
+            Message::new(self.cx.ctl(), self.subject(id), node, Bytes::new()).expecting(0);
         match self.cx.bus.append(message).await {
             Ok(done) => {
-                let session = Session {
-                    agent: agent.clone(),
-                    name: event.name,
-                    default_branch: BranchName::main(),
-                    branches: vec![(BranchName::main(), None)],
-                    last: done.hash,
-                    last_seq: done.seq,
-                };
+                let session = Session::begun(agent.clone(), event.name, done.hash, done.seq);
                 self.remember(id, session.clone());
                 Ok(session)
             }
@@ -198,12 +255,15 @@ impl Sessions {
             .last(&self.cx.log(), &subject)
             .await
             .map_err(status::of_bus)?;
+        if session.branch(branch).is_some_and(|branch| branch.is_dated) {
+            return Ok(BranchEnd::Sealed);
+        }
         let Some(newest) = last else {
-            return self.first_head(session, branch).await;
+            return self.first_head(id, session, branch).await;
         };
         let seq = newest.seq;
         let Some(last) = self.on_line(newest, &subject).await? else {
-            return Ok(match self.first_head(session, branch).await? {
+            return Ok(match self.first_head(id, session, branch).await? {
                 BranchEnd::Idle(head) => BranchEnd::Idle(Head { seq, ..head }),
                 other => other,
             });
@@ -242,67 +302,32 @@ impl Sessions {
     /// The head of a branch without turns of its own.
     async fn first_head(
         &self,
+        id: &SessionId,
         session: &Session,
         branch: &BranchName,
     ) -> Result<BranchEnd, Status> {
-        let found = session.branches.iter().find(|(name, _)| name == branch);
-        let (_, fork) = found.ok_or_else(|| {
-            let names: Vec<&str> = session
-                .branches
-                .iter()
-                .map(|(name, _)| name.as_str())
-                .collect();
-            Status::not_found(format!(
-                "branch {branch} does not exist; this session has: {}",
-                names.join(", ")
-            ))
-        })?;
-        let Some(fork) = fork else {
-            return Ok(BranchEnd::Idle(Head {
-                seq: 0,
-                parent: session.last,
-                previous: None,
-                state: None,
-                turns: 0,
-            }));
+        let Some(start) = &session.need_branch(branch)?.start else {
+            return Ok(BranchEnd::Idle(Head::at_the_beginning(session.last)));
         };
-        let end = self.end_of(&fork.submission).await?;
-        let (end, _) = end.ok_or_else(|| {
+        let Some(submission) = &start.submission else {
+            return Ok(BranchEnd::Idle(Head::at_the_beginning(start.from)));
+        };
+        let turns = turns::on_branch(&self.cx, &session.agent, id, &start.of).await;
+        let mut turns = turns.map_err(status::of_bus)?.into_iter();
+        let found = turns.find(|(_, invoke)| invoke.submission == *submission);
+        let (stored, invoke) = found.ok_or_else(|| {
             Status::data_loss(format!(
-                "the turn {} that branch {branch} begins at has no end",
-                fork.submission
+                "the turn {submission} that branch {branch} begins in is not in the log"
             ))
         })?;
-        // How many turns came before is known only to the invoke of that turn; the projection counts.
+        let turns = invoke.turn + 1;
         Ok(BranchEnd::Idle(Head {
             seq: 0,
-            parent: fork.from,
-            previous: Some(fork.submission.clone()),
-            state: end.state,
-            turns: self.turn_number(session, &end, &fork.submission).await? + 1,
+            parent: start.from,
+            previous: Some(submission.clone()),
+            state: self.state_at(&start.from, &stored, invoke).await?,
+            turns,
         }))
-    }
-
-    async fn turn_number(
-        &self,
-        session: &Session,
-        end: &End,
-        submission: &SubmissionId,
-    ) -> Result<u64, Status> {
-        let subject = self.invoke_subject(&end.session, &session.agent, &end.branch);
-        let turns = self
-            .cx
-            .bus
-            .all_on(&self.cx.log(), &subject, SEARCH_MAX)
-            .await
-            .map_err(status::of_bus)?;
-        let invokes = turns
-            .iter()
-            .filter_map(|stored| Invoke::try_from(&stored.node).ok());
-        Ok(invokes
-            .into_iter()
-            .find(|invoke| invoke.submission == *submission)
-            .map_or(0, |invoke| invoke.turn))
     }
 
     /// The winning end of a turn, if it has ended.
@@ -326,59 +351,94 @@ impl Sessions {
         lock(&self.known).remove(id);
     }
 
-    /// Makes branch `name` begin at the end whose hash begins with `from`. Idempotent.
+    /// Makes branch `name` begin at the node whose hash begins with `from`: the end of a turn, or another node
+    /// of it, of which the branch then holds what led there. Idempotent.
     pub async fn fork(
         &self,
         id: &SessionId,
         from: &str,
+        turn: Option<&SubmissionId>,
         name: &BranchName,
     ) -> Result<NodeHash, Status> {
-        let hex =
-            from.len() >= 4 && from.len() <= 64 && from.bytes().all(|b| b.is_ascii_hexdigit());
-        if !hex {
-            return Err(Status::invalid_argument(
-                "from: expected 4 to 64 hexadecimal digits of the hash of a turn's end",
-            ));
-        }
         let session = self.need(id).await?;
-        let end = self.find_end(id, &session, &from.to_lowercase()).await?;
-        if let Some((_, fork)) = session.branches.iter().find(|(known, _)| known == name) {
-            return match fork {
-                Some(fork) if fork.from == end.1 => Ok(end.1),
-                _ => Err(Status::already_exists(format!(
-                    "branch {name} exists already and begins elsewhere"
-                ))),
-            };
+        let point = self.find_node(id, &session, from, turn).await?;
+        if let Where::LateEnd = point.is {
+            return Err(Status::failed_precondition(format!(
+                "{} came after the turn had ended and is not on its line; fork the turn's end instead",
+                point.hash
+            )));
         }
-        let verb = SessionVerb::Fork {
+        let start = BranchStart {
             branch: name.clone(),
-            of: end.0.branch.clone(),
-            from: end.1,
-            submission: end.0.submission.clone(),
+            of: point.invoke.branch,
+            from: point.hash,
+            submission: Some(point.invoke.submission),
         };
-        self.append_event(id, &session, verb).await?;
-        Ok(end.1)
+        self.make_branch(id, SessionVerb::Fork(start), Bytes::new())
+            .await?;
+        Ok(point.hash)
     }
 
-    /// Seals the default branch and makes `branch` the default. Returns the sealed one; `None` when
-    /// `branch` was the default already.
+    /// Makes a branch as `verb` says, unless it is there already, and returns the event that made it. Idempotent.
+    pub async fn make_branch(
+        &self,
+        id: &SessionId,
+        verb: SessionVerb,
+        body: Bytes,
+    ) -> Result<NodeHash, Status> {
+        let wanted = match &verb {
+            SessionVerb::Fork(start) => (start.clone(), None),
+            SessionVerb::Repair(start, repair) => {
+                let repair = (repair.clone(), ContentHash::of(&body));
+                (start.clone(), Some(repair))
+            }
+            _ => return Err(Status::internal("only forks and repairs make branches")),
+        };
+        for _ in 0..EVENT_TRIES {
+            let session = self.need(id).await?;
+            if let Some(known) = session.branch(&wanted.0.branch) {
+                let is_it = known.start.as_ref() == Some(&wanted.0) && known.repair == wanted.1;
+                return match is_it && !known.is_dated {
+                    true => Ok(known.event),
+                    false => Err(Status::already_exists(format!(
+                        "branch {} exists already and begins elsewhere; choose another name",
+                        known.name
+                    ))),
+                };
+            }
+            let appended = self.append_event(id, &session, verb.clone(), body.clone());
+            match appended.await {
+                Ok(event) => return Ok(event),
+                // Something else happened to the session meanwhile.
+                Err(vlinder_bus::Error::Conflict { .. }) => continue,
+                Err(error) => return Err(status::of_bus(error)),
+            }
+        }
+        Err(Status::aborted(format!(
+            "others keep changing session {id}; try again"
+        )))
+    }
+
+    /// Seals the default branch, which is kept under a dated name as well as its own, and makes `branch` the
+    /// default. Returns the sealed one and that name; `None` when `branch` was the default already.
     pub async fn promote(
         &self,
         id: &SessionId,
         branch: &BranchName,
-    ) -> Result<Option<BranchName>, Status> {
+    ) -> Result<Option<(BranchName, BranchName)>, Status> {
         let session = self.need(id).await?;
         if session.default_branch == *branch {
             return Ok(None);
         }
-        if !session.branches.iter().any(|(name, _)| name == branch) {
-            return Err(Status::not_found(format!(
-                "branch {branch} does not exist in session {id}"
+        session.need_branch(branch)?;
+        if let BranchEnd::Sealed = self.branch_end(id, &session, branch, false).await? {
+            return Err(Status::failed_precondition(format!(
+                "branch {branch} of session {id} is sealed and takes no more turns; fork it and promote the fork"
             )));
         }
         let old = session.default_branch.clone();
-        match self.branch_end(id, &session, &old, false).await? {
-            BranchEnd::Sealed => {}
+        let (from, submission) = match self.branch_end(id, &session, &old, false).await? {
+            BranchEnd::Sealed => self.sealed_at(id, &session, &old).await?,
             BranchEnd::Running(turn) => {
                 return Err(Status::aborted(format!(
                     "turn {} runs on branch {old}; wait for its end or cancel it",
@@ -391,21 +451,50 @@ impl Sessions {
                     .with("session", id)
                     .with("branch", &old);
                 let subject = self.invoke_subject(id, &session.agent, &old);
-                let message = Message::new(self.cx.log(), subject, node, bytes::Bytes::new())
-                    .expecting(head.seq);
+                let message =
+                    Message::new(self.cx.log(), subject, node, Bytes::new()).expecting(head.seq);
                 self.cx.bus.append(message).await.map_err(status::of_bus)?;
                 self.forget_head(id, &old);
+                (head.parent, head.previous)
             }
-        }
-        self.append_event(
-            id,
-            &session,
-            SessionVerb::Promote {
-                branch: branch.clone(),
-            },
-        )
-        .await?;
-        Ok(Some(old))
+        };
+        let dated = dated(&old, self.cx.bus.now_ms(), |name| {
+            session.branch(name).is_some()
+        });
+        let verb = SessionVerb::Promote {
+            branch: branch.clone(),
+            sealed: Some(BranchStart {
+                branch: dated.clone(),
+                of: old.clone(),
+                from,
+                submission,
+            }),
+        };
+        self.append_event(id, &session, verb, Bytes::new())
+            .await
+            .map_err(status::of_bus)?;
+        Ok(Some((old, dated)))
+    }
+
+    /// Where a line was sealed whose promotion was not finished: its head and its last turn.
+    async fn sealed_at(
+        &self,
+        id: &SessionId,
+        session: &Session,
+        branch: &BranchName,
+    ) -> Result<(NodeHash, Option<SubmissionId>), Status> {
+        let subject = self.invoke_subject(id, &session.agent, branch);
+        let seal = self.cx.bus.last(&self.cx.log(), &subject).await;
+        let seal = seal.map_err(status::of_bus)?;
+        let from = seal.and_then(|seal| seal.node.parents.first().copied());
+        let own = turns::on_branch(&self.cx, &session.agent, id, branch).await;
+        let own = own.map_err(status::of_bus)?;
+        let own = own.into_iter().rfind(|(stored, _)| !stored.is_displaced());
+        let start = session.need_branch(branch)?.start.as_ref();
+        let last = own
+            .map(|(_, invoke)| invoke.submission)
+            .or_else(|| start.and_then(|start| start.submission.clone()));
+        Ok((from.unwrap_or(session.last), last))
     }
 
     async fn append_event(
@@ -413,7 +502,8 @@ impl Sessions {
         id: &SessionId,
         session: &Session,
         verb: SessionVerb,
-    ) -> Result<(), Status> {
+        body: Bytes,
+    ) -> Result<NodeHash, vlinder_bus::Error> {
         let event = SessionEvent {
             namespace: self.cx.ns.clone(),
             session: id.clone(),
@@ -421,56 +511,21 @@ impl Sessions {
             name: session.name.clone(),
             verb,
         };
-        let node = event.to_node(vec![session.last]);
-        let message = Message::new(self.cx.ctl(), self.subject(id), node, bytes::Bytes::new())
-            .expecting(session.last_seq);
-        self.cx.bus.append(message).await.map_err(status::of_bus)?;
+        let node = event.to_node(vec![session.last], &body);
+        let message =
+            Message::new(self.cx.ctl(), self.subject(id), node, body).expecting(session.last_seq);
+        let appended = self.cx.bus.append(message).await?;
         lock(&self.known).remove(id);
-        Ok(())
+        Ok(appended.hash)
     }
 
-    async fn need(&self, id: &SessionId) -> Result<Session, Status> {
+    /// A session that must exist, as the log has it now.
+    pub async fn need(&self, id: &SessionId) -> Result<Session, Status> {
         let session = self.read(id).await?;
         session.ok_or_else(|| {
             Status::not_found(format!(
                 "session {id} does not exist; `vlinder session list` shows all"
             ))
-        })
-    }
-
-    /// The one end in a session whose hash begins with `prefix`.
-    async fn find_end(
-        &self,
-        id: &SessionId,
-        session: &Session,
-        prefix: &str,
-    ) -> Result<(End, NodeHash), Status> {
-        let filter = subjects::invokes_of_session(&self.cx.ns, &session.agent, id);
-        let turns = self
-            .cx
-            .bus
-            .range(&self.cx.log(), &filter, 1, SEARCH_MAX)
-            .await
-            .map_err(status::of_bus)?;
-        let mut found: Option<(End, NodeHash)> = None;
-        for invoke in turns
-            .iter()
-            .filter_map(|stored| Invoke::try_from(&stored.node).ok())
-        {
-            let Some((end, stored)) = self.end_of(&invoke.submission).await? else {
-                continue;
-            };
-            if stored.hash.to_string().starts_with(prefix) {
-                if found.is_some() {
-                    return Err(Status::invalid_argument(format!(
-                        "{prefix} is the beginning of several hashes; give more digits"
-                    )));
-                }
-                found = Some((end, stored.hash));
-            }
-        }
-        found.ok_or_else(|| {
-            Status::not_found(format!("no turn of session {id} ends in {prefix}…; this release forks at the end of a turn (see `vlinder session get {id}`)"))
         })
     }
 
@@ -524,43 +579,88 @@ pub async fn end_of(
     Ok(Some((end, stored)))
 }
 
+/// The name that a line is kept by which was sealed at `now_ms`: `main-2026-11-25`, then `main-2026-11-25-2`.
+fn dated(line: &BranchName, now_ms: u64, is_taken: impl Fn(&BranchName) -> bool) -> BranchName {
+    let seconds = i64::try_from(now_ms / 1000).unwrap_or(i64::MAX);
+    let date = OffsetDateTime::from_unix_timestamp(seconds).map(OffsetDateTime::date);
+    let day = date.map_or_else(|_| "sealed".to_owned(), |date| date.to_string());
+    let mut number = 1u64;
+    loop {
+        let tail = match number {
+            1 => format!("-{day}"),
+            number => format!("-{day}-{number}"),
+        };
+        let head: String = line
+            .as_str()
+            .chars()
+            .take(BranchName::LEN_MAX.saturating_sub(tail.len()))
+            .collect();
+        match BranchName::new(format!("{head}{tail}")) {
+            Ok(name) if !is_taken(&name) => return name,
+            _ => number += 1,
+        }
+    }
+}
+
 fn apply(session: &mut Option<Session>, stored: &Stored, event: SessionEvent) {
-    match (session.as_mut(), event.verb) {
-        (None, SessionVerb::Start) => {
-            *session = Some(Session {
-                agent: event.agent,
-                name: event.name,
-                default_branch: BranchName::main(),
-                branches: vec![(BranchName::main(), None)],
-                last: stored.hash,
-                last_seq: stored.seq,
-            });
-            return;
+    let Some(known) = session.as_mut() else {
+        if event.verb == SessionVerb::Start {
+            *session = Some(Session::begun(
+                event.agent,
+                event.name,
+                stored.hash,
+                stored.seq,
+            ));
         }
-        (
-            Some(known),
-            SessionVerb::Fork {
-                branch,
-                from,
-                submission,
-                ..
+        return;
+    };
+    if let Some(start) = event.verb.starts() {
+        known.branches.push(Branch {
+            name: start.branch.clone(),
+            start: Some(start.clone()),
+            event: stored.hash,
+            repair: match &event.verb {
+                SessionVerb::Repair(_, repair) => Some((repair.clone(), stored.node.body_hash)),
+                _ => None,
             },
-        ) => {
-            known
-                .branches
-                .push((branch, Some(ForkPoint { from, submission })));
-        }
-        (Some(known), SessionVerb::Promote { branch }) => known.default_branch = branch,
-        (Some(_), SessionVerb::Start) | (None, _) => return,
+            is_dated: matches!(event.verb, SessionVerb::Promote { .. }),
+        });
     }
-    if let Some(known) = session {
-        known.last = stored.hash;
-        known.last_seq = stored.seq;
+    match event.verb {
+        SessionVerb::Start => return,
+        SessionVerb::Promote { branch, .. } => known.default_branch = branch,
+        SessionVerb::Fork(_) | SessionVerb::Repair(..) => {}
     }
+    known.last = stored.hash;
+    known.last_seq = stored.seq;
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dated_names_are_branch_names_and_differ() {
+        let main = BranchName::main();
+        let at = 1_795_640_000_000;
+        let first = dated(&main, at, |_| false);
+        assert_eq!(first.as_str(), "main-2026-11-25");
+        let second = dated(&main, at, |name| *name == first);
+        assert_eq!(second.as_str(), "main-2026-11-25-2");
+        let long = BranchName::new("b".repeat(BranchName::LEN_MAX)).unwrap();
+        let name = dated(&long, at, |_| false);
+        assert!(name.as_str().ends_with("-2026-11-25"));
+        assert_eq!(name.as_str().len(), BranchName::LEN_MAX);
+        assert!(
+            dated(&main, u64::MAX, |_| false)
+                .as_str()
+                .starts_with("main-")
+        );
+    }
 }

@@ -20,8 +20,9 @@ use crate::number::{int, number};
 use crate::schema::{BODY_BYTES_KEPT, CTL, LOG};
 use crate::tail;
 use rusqlite::{CachedStatement, Connection, OptionalExtension, Transaction, params};
-use vlinder_bus::wire::NOTE_HEALED;
-use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY, NOTE_TOOK_US};
+use vlinder_bus::wire::{
+    NOTE_ATTEMPT, NOTE_BY, NOTE_HEALED, NOTE_REPAIRED, NOTE_REPLAYED, NOTE_TOOK_US,
+};
 use vlinder_bus::{Body, Stored, Subject};
 use vlinder_core::record::{CallResult, CallStatus, End, Invoke, Place, Request};
 use vlinder_core::{Kind, Namespace, NodeHash, SubmissionId};
@@ -304,7 +305,11 @@ impl Apply<'_> {
                     session, branch, ..
                 },
             ) => self.seal(stored, session.as_str(), branch.as_str()),
-            (Kind::Request, Subject::Req { .. }) => self.request(stored),
+            (Kind::Request, Subject::Req { .. }) => self.request(stored, None),
+            // Of a replayed call, which the record answers.
+            (Kind::Request, Subject::Call { submission, .. }) => {
+                self.request(stored, Some(&submission))
+            }
             (Kind::Result, Subject::Call { submission, .. }) => self.result(stored, &submission),
             (Kind::End, Subject::End { submission, .. }) => self.end(stored, &submission),
             (Kind::Session, Subject::Session { .. }) => self.session_event(stored),
@@ -339,8 +344,8 @@ impl Apply<'_> {
             None => None,
         };
         self.cached(
-            "INSERT INTO turns (ns, submission, agent, session, branch, number, previous, timeout_ms, invoke)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0)",
+            "INSERT INTO turns (ns, submission, agent, session, branch, number, previous, timeout_ms, state, source, invoke)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 0)",
         )?
         .execute(params![
             self.ns.as_str(),
@@ -351,6 +356,8 @@ impl Apply<'_> {
             int(invoke.turn),
             previous,
             int(invoke.timeout_ms),
+            invoke.state.as_ref().map(|state| &state.as_bytes()[..]),
+            invoke.source.as_ref().map(|source| source.submission.as_str()),
         ])?;
         let turn = self.tx.last_insert_rowid();
         let node = self.insert_node(stored, Some(turn), None)?;
@@ -381,11 +388,14 @@ impl Apply<'_> {
         Ok(Found::Kept)
     }
 
-    fn request(&self, stored: &Stored) -> Result<Found, Error> {
+    fn request(&self, stored: &Stored, of: Option<&SubmissionId>) -> Result<Found, Error> {
         let request = match Request::try_from(&stored.node) {
             Ok(request) => request,
             Err(error) => return Ok(aside(&error.to_string())),
         };
+        if of.is_some_and(|of| *of != request.submission) {
+            return Ok(aside("a request on the subject of another turn"));
+        }
         let Some(turn) = self.turn(&request.submission)? else {
             return Ok(Found::Orphan(
                 "a request of a turn that the log does not have",
@@ -428,6 +438,8 @@ impl Apply<'_> {
                 "a result of a turn that the log does not have",
             ));
         };
+        let replayed = stored.notes.get(NOTE_REPLAYED);
+        let replayed: Option<NodeHash> = replayed.and_then(|text| text.parse().ok());
         let key = &result.key.as_bytes()[..];
         let answered = self
             .cached("SELECT node FROM results WHERE turn = ?1 AND key = ?2 AND won")?
@@ -450,8 +462,9 @@ impl Apply<'_> {
         };
         let node = self.insert_node(stored, Some(turn.id), None)?;
         self.cached(
-            "INSERT INTO results (node, turn, key, request, won, ok, http, content_type, state, tokens_in, tokens_out)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            "INSERT INTO results (node, turn, key, request, won, ok, http, content_type, state, tokens_in, tokens_out,
+                replayed, repaired)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
         )?
         .execute(params![
             node,
@@ -465,6 +478,8 @@ impl Apply<'_> {
             result.state.as_ref().map(|state| &state.as_bytes()[..]),
             result.tokens_in.map(int),
             result.tokens_out.map(int),
+            replayed.as_ref().map(|hash| &hash.as_bytes()[..]),
+            stored.notes.contains_key(NOTE_REPAIRED),
         ])?;
         if self.late {
             self.mark_again(turn.id)?;

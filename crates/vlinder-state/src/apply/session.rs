@@ -5,8 +5,8 @@ use crate::error::Error;
 use crate::number::int;
 use rusqlite::params;
 use vlinder_bus::{Stored, Subject};
-use vlinder_core::record::{SessionEvent, SessionVerb};
-use vlinder_core::{NodeHash, SubmissionId};
+use vlinder_core::SubmissionId;
+use vlinder_core::record::{BranchStart, SessionEvent, SessionVerb};
 
 impl Apply<'_> {
     pub(super) fn seal(
@@ -61,18 +61,19 @@ impl Apply<'_> {
                 ])?;
                 self.make_branch(stored, session, "main", None)?;
             }
-            SessionVerb::Fork {
-                branch,
-                of,
-                from,
-                submission,
-            } => {
-                let fork = (of.as_str(), from, submission);
-                if !self.make_branch(stored, session, branch.as_str(), Some(fork))? {
+            SessionVerb::Fork(start) | SessionVerb::Repair(start, _) => {
+                if !self.make_branch(stored, session, start.branch.as_str(), Some(start))? {
                     return Ok(aside("another fork to a branch that the log had before"));
                 }
             }
-            SessionVerb::Promote { branch } => {
+            SessionVerb::Promote { branch, sealed } => {
+                if let Some(sealed) = sealed {
+                    let name = sealed.branch.as_str();
+                    if self.make_branch(stored, session, name, Some(sealed))? {
+                        self.cached("UPDATE branches SET sealed = ?4 WHERE ns = ?1 AND session = ?2 AND name = ?3")?
+                            .execute(params![ns, session, name, &stored.hash.as_bytes()[..]])?;
+                    }
+                }
                 self.cached("UPDATE sessions SET default_branch = ?3 WHERE ns = ?1 AND id = ?2 AND started_ms IS NOT NULL")?
                     .execute([ns, session, branch.as_str()])?;
             }
@@ -87,7 +88,7 @@ impl Apply<'_> {
         stored: &Stored,
         session: &str,
         name: &str,
-        fork: Option<(&str, &NodeHash, &SubmissionId)>,
+        fork: Option<&BranchStart>,
     ) -> Result<bool, Error> {
         let changed = self
             .cached(
@@ -102,9 +103,10 @@ impl Apply<'_> {
                 session,
                 name,
                 int(stored.seq),
-                fork.map(|(of, _, _)| of),
-                fork.map(|(_, from, _)| &from.as_bytes()[..]),
-                fork.map(|(_, _, submission)| submission.as_str()),
+                fork.map(|fork| fork.of.as_str()),
+                fork.map(|fork| &fork.from.as_bytes()[..]),
+                fork.and_then(|fork| fork.submission.as_ref())
+                    .map(SubmissionId::as_str),
             ])?;
         Ok(changed == 1)
     }

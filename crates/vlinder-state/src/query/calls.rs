@@ -7,6 +7,7 @@ use crate::number::optional_number;
 use rusqlite::{Connection, params};
 use std::collections::{HashMap, HashSet};
 use vlinder_core::NodeHash;
+use vlinder_core::record::may_change_state;
 
 /// Roughly what a call takes in an answer without its bodies, in bytes.
 pub(crate) const CALL_WEIGHT: u64 = 400;
@@ -72,6 +73,10 @@ pub(crate) struct ResultRow {
     pub state: Option<NodeHash>,
     pub tokens_in: Option<u64>,
     pub tokens_out: Option<u64>,
+    /// The result of another turn that it was taken from.
+    pub replayed: Option<NodeHash>,
+    /// And it was replaced.
+    pub repaired: bool,
     pub node: NodeRow,
 }
 
@@ -87,6 +92,51 @@ pub(crate) fn of_turn(
     let total = calls.len() as u64;
     calls.truncate(max);
     Ok((calls, total))
+}
+
+/// The calls of a turn that led to one of its nodes, and the state there.
+pub(crate) fn up_to(
+    connection: &Connection,
+    turn: &TurnRow,
+    node: &NodeRow,
+) -> Result<(Vec<Call>, Option<NodeHash>), Error> {
+    let mut requests = requests(connection, turn.id)?;
+    let mut results = results(connection, turn.id)?;
+    let of_turn: HashMap<NodeHash, &[NodeHash]> = requests
+        .iter()
+        .map(|request| &request.node)
+        .chain(results.iter().map(|result| &result.node))
+        .map(|node| (node.hash, node.parents.as_slice()))
+        .collect();
+    let mut led = HashSet::new();
+    let mut to_visit = vec![node.hash];
+    while let Some(hash) = to_visit.pop() {
+        if let Some(parents) = of_turn.get(&hash)
+            && led.insert(hash)
+        {
+            to_visit.extend(*parents);
+        }
+    }
+    requests.retain(|request| led.contains(&request.node.hash));
+    results.retain(|result| led.contains(&result.node.hash));
+    let mut calls = join(requests, results, false);
+    for call in &mut calls {
+        // On this line nobody will answer it.
+        if call.status == CallStatus::Waiting {
+            call.status = CallStatus::Abandoned;
+        }
+    }
+    let moved = calls.iter().filter_map(|call| {
+        let (request, result) = (call.request.as_ref()?, call.result.as_ref()?);
+        let moves = result.ok && may_change_state(&request.service, &request.operation);
+        moves.then_some(result)
+    });
+    // They follow each other, so that the last one in the log has it.
+    let state = match moved.max_by_key(|result| result.node.id) {
+        Some(result) => result.state,
+        None => turn.state,
+    };
+    Ok((calls, state))
 }
 
 /// What somebody must serve so that a call is answered.
@@ -142,7 +192,8 @@ fn results(connection: &Connection, turn: i64) -> Result<Vec<ResultRow>, Error> 
     let mut statement = connection.prepare_cached(concat!(
         "SELECT ",
         node_columns!("n", "NULL"),
-        ", r.request, r.key, r.won, r.ok, r.http, r.content_type, r.state, r.tokens_in, r.tokens_out
+        ", r.request, r.key, r.won, r.ok, r.http, r.content_type, r.state, r.tokens_in, r.tokens_out,
+            r.replayed, r.repaired
          FROM results r JOIN nodes n ON n.id = r.node WHERE r.turn = ?1 ORDER BY r.node"
     ))?;
     let mut rows = statement.query(params![turn])?;
@@ -160,6 +211,8 @@ fn results(connection: &Connection, turn: i64) -> Result<Vec<ResultRow>, Error> 
             state: optional_hash(row, at + 6)?,
             tokens_in: optional_number(row, at + 7)?,
             tokens_out: optional_number(row, at + 8)?,
+            replayed: optional_hash(row, at + 9)?,
+            repaired: row.get(at + 10)?,
         });
     }
     Ok(found)

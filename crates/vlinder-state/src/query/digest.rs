@@ -42,7 +42,7 @@ const DUMPS: [(&str, &str); 9] = [
     (
         "turns",
         "SELECT t.ns, t.submission, t.agent, t.session, t.branch, t.number, p.submission, t.timeout_ms,
-            i.hash, e.hash
+            t.state, t.source, i.hash, e.hash
          FROM turns t LEFT JOIN turns p ON p.id = t.previous LEFT JOIN nodes i ON i.id = t.invoke
             LEFT JOIN nodes e ON e.id = t.end_node
          ORDER BY t.ns, t.submission",
@@ -55,7 +55,7 @@ const DUMPS: [(&str, &str); 9] = [
     (
         "results",
         "SELECT n.ns, n.hash, t.submission, r.key, q.hash, r.won, r.ok, r.http, r.content_type, r.state,
-            r.tokens_in, r.tokens_out
+            r.tokens_in, r.tokens_out, r.replayed, r.repaired
          FROM results r JOIN nodes n ON n.id = r.node LEFT JOIN turns t ON t.id = r.turn
             LEFT JOIN nodes q ON q.id = r.request
          ORDER BY r.node",

@@ -9,7 +9,7 @@ use crate::apply::node_hash;
 use crate::error::Error;
 use crate::number::number;
 use rusqlite::{Connection, Row};
-use vlinder_core::NodeHash;
+use vlinder_core::{Namespace, NodeHash};
 
 /// A turn with its invoke and its end.
 #[derive(Debug, Clone)]
@@ -22,6 +22,12 @@ pub(crate) struct TurnRow {
     pub timeout_ms: u64,
     /// The turn before it on its line.
     pub previous: Option<i64>,
+    /// The state that it began with.
+    pub state: Option<NodeHash>,
+    /// The turn that it runs again.
+    pub source: String,
+    /// The line leaves it inside, where a branch was forked: at this node, with the state there.
+    pub left_at: Option<(NodeHash, Option<NodeHash>)>,
     pub invoke: NodeRow,
     pub end: Option<EndRow>,
 }
@@ -37,7 +43,7 @@ pub(crate) struct EndRow {
 
 /// What [`TurnRow::read`] wants, from `turns t`, `nodes i`, `nodes e` and `ends x`.
 pub(crate) const TURN_COLUMNS: &str = concat!(
-    "t.id, t.submission, t.agent, t.session, t.branch, t.timeout_ms, t.previous, ",
+    "t.id, t.submission, t.agent, t.session, t.branch, t.timeout_ms, t.previous, t.state, coalesce(t.source, ''), ",
     node_columns!("i", "i.body"),
     ", x.outcome, x.code, x.state, ",
     node_columns!("e", "e.body")
@@ -48,7 +54,7 @@ pub(crate) const TURN_JOINS: &str = "JOIN nodes i ON i.id = t.invoke
 
 impl TurnRow {
     pub fn read(row: &Row<'_>) -> Result<Self, Error> {
-        let end_at = 7 + NODE_COLUMNS;
+        let end_at = 9 + NODE_COLUMNS;
         let end = match row.get::<_, Option<String>>(end_at)? {
             Some(outcome) => Some(EndRow {
                 outcome,
@@ -66,7 +72,10 @@ impl TurnRow {
             branch: row.get(4)?,
             timeout_ms: number(row, 5)?,
             previous: row.get(6)?,
-            invoke: NodeRow::read(row, 7)?,
+            state: optional_hash(row, 7)?,
+            source: row.get(8)?,
+            left_at: None,
+            invoke: NodeRow::read(row, 9)?,
             end,
         })
     }
@@ -105,17 +114,39 @@ pub(crate) struct Line {
     pub more: bool,
 }
 
-/// The last turns of the line that ends with turn `tip`.
-pub(crate) fn read(connection: &Connection, tip: i64, bounds: Bounds) -> Result<Line, Error> {
+/// The last turn of a line, by its local id, and the node of it that the line goes on from, if it does.
+pub(crate) type Tip = (i64, Option<NodeHash>);
+
+/// The last turns of the line that ends there.
+pub(crate) fn read(
+    connection: &Connection,
+    ns: &Namespace,
+    (tip, left_at): Tip,
+    bounds: Bounds,
+) -> Result<Line, Error> {
     let sql = format!("SELECT {TURN_COLUMNS} FROM turns t {TURN_JOINS} WHERE t.id = ?1");
     let mut statement = connection.prepare_cached(&sql)?;
     let mut line = Line::default();
     let mut bytes = 0;
-    let mut next = Some(tip);
+    let (mut next, mut left_at) = (Some(tip), left_at);
     while let Some(id) = next {
-        let turn = statement.query_row([id], |row| Ok(TurnRow::read(row)))??;
+        let mut turn = statement.query_row([id], |row| Ok(TurnRow::read(row)))??;
         next = turn.previous.filter(|previous| *previous < id);
-        let (calls, total) = calls::of_turn(connection, &turn, bounds.calls)?;
+        let node = match left_at {
+            Some(left_at) => super::node(connection, ns, &left_at)?,
+            None => None,
+        };
+        left_at = turn.invoke.parents.first().copied();
+        let (calls, total) = match node.filter(|node| node.kind != "end") {
+            Some(node) => {
+                let (calls, state) = calls::up_to(connection, &turn, &node)?;
+                turn.left_at = Some((node.hash, state));
+                turn.end = None;
+                let total = calls.len() as u64;
+                (calls.into_iter().take(bounds.calls).collect(), total)
+            }
+            None => calls::of_turn(connection, &turn, bounds.calls)?,
+        };
         bytes += turn.weight(bounds.text) + calls.len() as u64 * calls::CALL_WEIGHT;
         let full = line.turns.len() == bounds.turns || bytes > bounds.bytes;
         if full && !line.turns.is_empty() {

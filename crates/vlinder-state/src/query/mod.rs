@@ -165,20 +165,28 @@ pub(crate) fn after_prefix(prefix: &str) -> String {
     format!("{prefix}\u{10FFFF}")
 }
 
-/// The turn before `submission` on its line: the outer `None` when the session has no such turn.
+/// The turn before `submission` on its line, with the node of it that the line goes on from: the outer `None`
+/// when the session has no such turn.
 pub(crate) fn previous_turn(
     connection: &Connection,
     ns: &Namespace,
     session: &str,
     submission: &str,
-) -> Result<Option<Option<i64>>, Error> {
+) -> Result<Option<Option<line::Tip>>, Error> {
     let found = connection
         .prepare_cached(
-            "SELECT previous FROM turns WHERE ns = ?1 AND submission = ?2 AND session = ?3",
+            "SELECT t.previous, i.parents FROM turns t JOIN nodes i ON i.id = t.invoke
+             WHERE t.ns = ?1 AND t.submission = ?2 AND t.session = ?3",
         )?
-        .query_row([ns.as_str(), submission, session], |row| row.get(0))
+        .query_row([ns.as_str(), submission, session], |row| {
+            Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Vec<u8>>(1)?))
+        })
         .optional()?;
-    Ok(found)
+    let Some((previous, parents)) = found else {
+        return Ok(None);
+    };
+    let left_at = parents.chunks(32).next().map(node_hash).transpose()?;
+    Ok(Some(previous.map(|previous| (previous, left_at))))
 }
 
 /// Up to where the rows go, as of this snapshot.

@@ -139,11 +139,17 @@ fn read_session(
         None => 0,
     };
     let last = match before {
-        "" => branch.tip(),
+        // A branch without turns of its own begins inside or behind the turn that it was forked from.
+        "" => branch.tip().map(|tip| {
+            (
+                tip,
+                branch.forked_from.filter(|_| branch.last_turn.is_none()),
+            )
+        }),
         before => turn_before(connection, ns, &session.id, before)?,
     };
     let line = match last {
-        Some(last) => line::read(connection, last, bounds)?,
+        Some(last) => line::read(connection, ns, last, bounds)?,
         None => Line::default(),
     };
     Ok(FoundSession {
@@ -154,13 +160,13 @@ fn read_session(
     })
 }
 
-/// The turn before `submission` on its line.
+/// The turn before `submission` on its line, and the node of it that the line goes on from.
 fn turn_before(
     connection: &Connection,
     ns: &Namespace,
     session: &str,
     submission: &str,
-) -> Result<Option<i64>, Error> {
+) -> Result<Option<line::Tip>, Error> {
     match query::previous_turn(connection, ns, session, submission)? {
         Some(previous) => Ok(previous),
         None => Err(Error::NotFound {

@@ -13,7 +13,7 @@ use vlinder_bus::wire::{NOTE_ATTEMPT, NOTE_BY};
 use vlinder_bus::{Appended, Bus, Message, StreamName, Subject};
 use vlinder_core::hash::call_key;
 use vlinder_core::record::{
-    CallResult, CallStatus, End, Invoke, Outcome, Request, SessionEvent, SessionVerb,
+    BranchStart, CallResult, CallStatus, End, Invoke, Outcome, Request, SessionEvent, SessionVerb,
 };
 use vlinder_core::{
     AgentName, BranchName, CallKey, Kind, Namespace, Node, NodeHash, Selector, SessionId,
@@ -156,7 +156,7 @@ impl Bed {
             ns: ns(),
             session: event.session.clone(),
         };
-        let message = Message::new(ctl(), subject, event.to_node(parents), Bytes::new());
+        let message = Message::new(ctl(), subject, event.to_node(parents, b""), Bytes::new());
         self.append(message.expecting(last)).await
     }
 
@@ -168,12 +168,12 @@ impl Bed {
             session: line.session.clone(),
             agent: agent(),
             name: line.name.clone(),
-            verb: SessionVerb::Fork {
+            verb: SessionVerb::Fork(BranchStart {
                 branch: branch.clone(),
                 of: line.branch.clone(),
                 from: ended.hash,
-                submission: ended.submission.clone(),
-            },
+                submission: Some(ended.submission.clone()),
+            }),
         };
         line.event = self
             .session_event(&event, vec![line.event.hash], line.event.seq)
@@ -202,6 +202,7 @@ impl Bed {
             name: line.name.clone(),
             verb: SessionVerb::Promote {
                 branch: BranchName::new(branch).unwrap(),
+                sealed: None,
             },
         };
         line.event = self
@@ -417,6 +418,7 @@ impl Line {
             state: None,
             timeout_ms: 60_000,
             origin: None,
+            source: None,
         };
         let node = invoke.to_node(vec![self.parent], input);
         let hash = node.hash();
