@@ -180,13 +180,12 @@ async fn run(cx: &Cx<'_>, mut request: ReplayRequest, tells: bool) -> Result<Ran
                         request.name.clone_from(&now.name);
                         begun = Some(now);
                     }
-                    Some(Event::Turn(turn)) => {
-                        if turn.index as usize > turns.len() {
-                            if tells && !cx.out.json {
-                                tell(cx, &turn, begun.as_ref().map_or(0, |begun| begun.turns))?;
-                            }
-                            turns.push(turn);
+                    // What was told before the stream broke is told again.
+                    Some(Event::Turn(turn)) if turn.index as usize > turns.len() => {
+                        if tells && !cx.out.json {
+                            tell(cx, &turn, begun.as_ref().map_or(0, |begun| begun.turns))?;
                         }
+                        turns.push(turn);
                     }
                     Some(Event::Waiting(waiting)) if tells => {
                         cx.out.note(&format!("waiting: {}", waiting.reason));
