@@ -11,6 +11,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use vlinder_testkit::{CURRENT, NatsServer};
 
 const MODEL: &str = "smollm2:135m";
 const AGENT: &str = "scribe";
@@ -88,9 +89,19 @@ async fn verified(node: &Node, session: &str) {
 }
 
 #[tokio::test]
-async fn a_replay_asks_nothing_again_and_a_repair_only_what_depends_on_it() {
+async fn a_replay_asks_nothing_again_and_a_repair_only_what_depends_on_it_embedded() {
+    asks_nothing_again(NodeSpec::embedded()).await;
+}
+
+#[tokio::test]
+async fn a_replay_asks_nothing_again_and_a_repair_only_what_depends_on_it_on_nats() {
+    let nats = NatsServer::start(CURRENT).await;
+    asks_nothing_again(NodeSpec::on(&nats).workers("agent.process", 1)).await;
+}
+
+async fn asks_nothing_again(spec: NodeSpec) {
     let model = Model::named(&[MODEL]).await;
-    let node = node_with(&model, NodeSpec::embedded()).await;
+    let node = node_with(&model, spec).await;
     say(&node, "put colour blue; vec a 1 0; get colour").await;
     let second = say(
         &node,
@@ -409,7 +420,6 @@ async fn a_fork_inside_a_turn_is_a_straight_run_that_stopped_there() {
         }
         script.push(commands);
     }
-    // Over one connection each, since a command costs more than a turn.
     for commands in &script {
         say(&node, &commands.join("; ")).await;
     }
@@ -481,6 +491,19 @@ async fn a_fork_inside_a_turn_is_a_straight_run_that_stopped_there() {
         );
         assert_eq!(heard.matches("User: ").count(), index + 2, "{name}");
     }
+    // All of it again: nothing is asked, nothing is stored anew.
+    let before = asked(&model).await;
+    let replayed = node
+        .cli(&["session", "replay", S, "--branch", "main", "-o", "json"])
+        .await
+        .code(0);
+    println!("{TURNS} turns again in {:?}", replayed.took);
+    let summary = &replayed.json()["summary"];
+    assert_eq!(
+        (&summary["same"], &summary["live"]),
+        (&TURNS.into(), &0.into())
+    );
+    assert_eq!(asked(&model).await, before);
     verified(&node, S).await;
     node.stop_cleanly().await;
 }

@@ -405,3 +405,140 @@ impl TurnRecord {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vlinder_bus::Body;
+    use vlinder_core::hash::call_key;
+    use vlinder_core::record::Source;
+    use vlinder_core::{Namespace, Selector};
+
+    struct Bench {
+        record: TurnRecord,
+        seq: u64,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let submission = SubmissionId::new("t-1").unwrap();
+            let invoke = Invoke {
+                namespace: Namespace::default_ns(),
+                agent: AgentName::new("a").unwrap(),
+                session: SessionId::new("s").unwrap(),
+                branch: BranchName::main(),
+                submission: submission.clone(),
+                turn: 0,
+                previous: None,
+                state: Some(StateRoot::from_bytes([1; 32])),
+                timeout_ms: 1000,
+                origin: None,
+                source: Some(Source::whole(submission)),
+            };
+            let record = TurnRecord {
+                hash: invoke.to_node(vec![], b"hi").hash(),
+                invoke,
+                requests: HashMap::new(),
+                results: Vec::new(),
+                by_hash: HashMap::new(),
+            };
+            Self { record, seq: 1 }
+        }
+
+        /// A call that follows `parents`; `state` after it. Gives its request and its result.
+        fn call(
+            &mut self,
+            operation: &str,
+            parents: &[NodeHash],
+            state: Option<u8>,
+        ) -> (NodeHash, NodeHash) {
+            let body = self.seq.to_be_bytes();
+            let state = state.map(|byte| StateRoot::from_bytes([byte; 32]));
+            let key = call_key("kv", operation, "sqlite", "notes", &body, 0);
+            let request = Request {
+                namespace: Namespace::default_ns(),
+                submission: self.record.invoke.submission.clone(),
+                agent: self.record.invoke.agent.clone(),
+                service: "kv".to_owned(),
+                backend: "sqlite".to_owned(),
+                operation: operation.to_owned(),
+                selector: Selector::new("notes").unwrap(),
+                key,
+                k: 0,
+                state: None,
+                label: None,
+                deadline_ms: 1,
+            };
+            let result = CallResult {
+                submission: request.submission.clone(),
+                key,
+                status: CallStatus::Ok,
+                http: 200,
+                content_type: "text/plain".to_owned(),
+                state,
+                found: None,
+                tokens_in: None,
+                tokens_out: None,
+            };
+            let asked = self.stored(request.to_node(parents.to_vec(), &body));
+            let given = self.stored(result.to_node(asked.hash, b""));
+            let (question, answer) = (asked.hash, given.hash);
+            self.record
+                .requests
+                .insert(question, Asked::of(&asked).unwrap());
+            self.record
+                .by_hash
+                .insert(answer, self.record.results.len());
+            self.record.results.push(Given {
+                stored: given,
+                result,
+            });
+            (question, answer)
+        }
+
+        fn stored(&mut self, node: vlinder_core::Node) -> Stored {
+            self.seq += 1;
+            Stored {
+                subject: String::new(),
+                seq: self.seq,
+                time_ms: self.seq,
+                previous_on_subject: 0,
+                hash: node.hash(),
+                node,
+                notes: Default::default(),
+                body: Body::Inline(Default::default()),
+            }
+        }
+
+        fn state_at(&self, node: NodeHash) -> Option<u8> {
+            let state = self.record.state_after(&self.record.ancestors(node));
+            state.map(|root| root.as_bytes()[0])
+        }
+    }
+
+    #[test]
+    fn the_state_at_a_node_is_that_of_what_led_there_and_not_of_what_came_before() {
+        let mut bench = Bench::new();
+        let invoke = bench.record.hash;
+        let (first, one) = bench.call("put", &[invoke], Some(2));
+        // Two at once: the read was asked before the write was answered, and answered after it.
+        let (_, two) = bench.call("put", &[one], Some(3));
+        let (asked, read) = bench.call("get", &[one], Some(2));
+        let (last, gone) = bench.call("delete", &[two, read], None);
+        assert_eq!(bench.state_at(invoke), Some(1));
+        assert_eq!(bench.state_at(first), Some(1), "nobody has answered yet");
+        assert_eq!(bench.state_at(one), Some(2));
+        assert_eq!(bench.state_at(two), Some(3));
+        assert_eq!(bench.state_at(asked), Some(2));
+        assert_eq!(bench.state_at(read), Some(2));
+        assert_eq!(bench.state_at(last), Some(3));
+        assert_eq!(bench.state_at(gone), None, "everything was deleted");
+        assert_eq!(bench.record.ancestors(gone).len(), 9);
+        let foreign = NodeHash::from_bytes([9; 32]);
+        assert!(bench.record.ancestors(foreign).is_empty() && !bench.record.has(&foreign));
+        let until = bench.record.ancestors(read);
+        let counted = bench.record.answers(|hash| until.contains(hash));
+        let counted: Vec<NodeHash> = counted.iter().map(|given| given.stored.hash).collect();
+        assert_eq!(counted, [one, read]);
+    }
+}
