@@ -18,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use tracing::Instrument;
 use vlinder_bus::Stored;
 use vlinder_core::record::{End, Invoke, SessionVerb};
 use vlinder_core::{AgentName, BranchName, ContentHash, NodeHash, SessionId, SubmissionId};
@@ -39,7 +40,7 @@ pub async fn stream(
     let plan = plan::plan(&shared, request).await?;
     let replay = Replay::begin(shared, plan).await?;
     let (tx, rx) = mpsc::channel(EVENTS_MAX);
-    tokio::spawn(async move {
+    let running = async move {
         let last = tokio::select! {
             report = replay.run(&tx) => report.map(Event::Report),
             // The turn that runs ends by itself.
@@ -47,7 +48,8 @@ pub async fn stream(
         };
         let _ = tx.send(last.map(event)).await;
         drop(place);
-    });
+    };
+    tokio::spawn(running.in_current_span());
     Ok(ReceiverStream::new(rx))
 }
 
