@@ -14,6 +14,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("vlinder-supervisor", &["vlinder-core"][..]),
         ("vlinder-worker", &["vlinder-core", "vlinder-bus"][..]),
         ("vlinder-state", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-proto"][..]),
+        ("vlinder-git", &["vlinder-core", "vlinder-bus", "vlinder-worker"][..]),
         ("vlinder-objects", &[][..]),
         ("vlinder-store", &["vlinder-core", "vlinder-bus", "vlinder-worker", "vlinder-objects"][..]),
         ("vlinder-inference", &["vlinder-core", "vlinder-bus", "vlinder-worker"][..]),

@@ -198,7 +198,7 @@ pub async fn run(cx: WorkerCx, setup: Setup) -> Result<(), Error> {
             };
             vlinder_runtime::run_container(cx, options, container).await
         }
-        WorkerRole::DagGit => wait(cx, "this release has no git projection yet").await,
+        WorkerRole::DagGit => vlinder_git::run(cx).await,
         WorkerRole::SessionViewer => {
             let services = &[Service::State, Service::Registry, Service::Harness];
             let peers = WorkerPeers::new(config.clone(), &cx, &setup.token, services);

@@ -5,6 +5,7 @@
 //!   [`nats`] speaks to NATS JetStream, [`local`] keeps everything in one process, durable in SQLite.
 //! * [`subjects`] builds and parses every subject; [`streams`] holds every stream's limits.
 //! * [`heal`] gives back what a log has lost.
+//! * [`lease`] says who does what only one may do.
 //! * [`wire`] is the form of a node on the wire: metadata in headers, the body is the body.
 //!
 //! Guarantees: an append that returned is stored; with an expectation it is stored only if it came
@@ -19,6 +20,7 @@ mod delivery;
 mod ends;
 pub mod error;
 pub mod heal;
+pub mod lease;
 pub mod local;
 pub mod nats;
 pub mod streams;
