@@ -14,6 +14,7 @@ use futures::{StreamExt, stream};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
+use vlinder_bus::lease::Lease;
 use vlinder_bus::streams::INLINE_BODY_MAX;
 use vlinder_bus::{Body, Stored, StreamName, Subject, subjects};
 use vlinder_core::{Kind, SubmissionId};
@@ -86,36 +87,33 @@ impl Follower {
 
     /// Follows until something fails, or the cursors must be compared with the log again. Dropping the
     /// future loses nothing that is not read again.
-    pub async fn round(
-        &mut self,
-        mut tick: impl AsyncFnMut() -> Result<(), Error>,
-        every: Duration,
-    ) -> Result<(), Error> {
+    pub async fn round(&mut self, lease: &mut Lease, every: Duration) -> Result<(), Error> {
         let mut gaps = self.cx.bus.gaps();
         self.fit().await?;
         self.catch_up_ctl().await?;
         let mut items = self.items().await?;
         let mut ticks = tokio::time::interval(every);
+        // Outside of the loop: what a tick interrupts goes on gathering behind it.
+        let mut batch = Vec::new();
         loop {
-            let mut batch = Vec::new();
             tokio::select! {
                 biased;
                 () = gaps.next() => return Ok(()),
                 _ = ticks.tick() => {
-                    tick().await?;
+                    renew(lease).await?;
                     self.check().await?;
                     continue;
                 }
                 gathered = gather(&mut items, &mut batch) => gathered?,
             }
-            for (index, item) in batch.into_iter().enumerate() {
+            for (index, item) in batch.drain(..).enumerate() {
                 self.item(item).await?;
                 if index % 64 == 63
                     && tokio::time::timeout(Duration::ZERO, ticks.tick())
                         .await
                         .is_ok()
                 {
-                    tick().await?;
+                    renew(lease).await?;
                 }
             }
             self.flush().await?;
@@ -151,7 +149,7 @@ impl Follower {
     }
 
     async fn misfit(
-        &self,
+        &mut self,
         stream: &StreamName,
         info: &vlinder_bus::StreamInfo,
         cursor: &Cursor,
@@ -173,7 +171,7 @@ impl Follower {
         Ok((there != cursor.hash).then_some("the log has another node at the cursor"))
     }
 
-    async fn items(&self) -> Result<BoxStream<'static, Result<Item, Error>>, Error> {
+    async fn items(&mut self) -> Result<BoxStream<'static, Result<Item, Error>>, Error> {
         let filter = subjects::all_of(&self.cx.ns);
         let mut both = Vec::new();
         for (code, stream, from) in [
@@ -315,18 +313,22 @@ impl Follower {
                     let done = repo.turn(&name)?.is_some_and(|turn| turn.end == end_hash);
                     for parent in &parents {
                         if let Some(commit) = repo.turn_by_end(parent)? {
-                            return Ok((done, Some(commit)));
+                            return Ok((done, Some(Some(commit))));
                         }
                     }
-                    let before = before
-                        .map(|before| repo.turn(&before))
-                        .transpose()?
-                        .flatten();
-                    Ok((done, before.map(|turn| turn.id)))
+                    let Some(before) = before else {
+                        return Ok((done, Some(None)));
+                    };
+                    // The line leaves that turn before its end, so it does not hold what it said.
+                    Ok((done, repo.turn(&before)?.map(|cut| cut.parent)))
                 })
                 .await?;
             if done {
-                self.forget(&submission);
+                // Its writer may have died before it moved the refs.
+                if let Some(invoke) = self.forget(&submission).and_then(|turn| turn.invoke) {
+                    let [session, branch] = ["session", "branch"].map(|name| invoke.field(name));
+                    self.latest = Some((session.to_owned(), branch.to_owned()));
+                }
                 continue;
             }
             if let (Some(previous), None) = (&previous, parent) {
@@ -335,7 +337,7 @@ impl Follower {
                     continue;
                 }
             }
-            self.write_turn(&submission, parent).await?;
+            self.write_turn(&submission, parent.flatten()).await?;
             let waiting = self.open.iter().filter(|(_, turn)| {
                 let previous = turn
                     .invoke
@@ -399,7 +401,9 @@ impl Follower {
             return Ok(());
         };
         let name = submission.to_owned();
-        self.latest = Some((session.clone(), branch.clone()));
+        if !beside {
+            self.latest = Some((session.clone(), branch.clone()));
+        }
         self.with(move |repo| {
             let label = repo
                 .session_name(&session)?
@@ -428,7 +432,7 @@ impl Follower {
         .await
     }
 
-    async fn load(&self, wanted: &Wanted) -> Result<Loaded, Error> {
+    async fn load(&mut self, wanted: &Wanted) -> Result<Loaded, Error> {
         use vlinder_bus::Error as BusError;
         let loaded = match &wanted.body {
             Body::Inline(bytes) => return Ok(Loaded::Bytes(bytes.clone())),
@@ -543,6 +547,17 @@ impl Follower {
     }
 }
 
+/// Renews the lease, as far as that can be said now.
+async fn renew(lease: &mut Lease) -> Result<(), Error> {
+    match lease.renew().await {
+        Ok(()) => Ok(()),
+        // An outage: nobody else can have it before it ends.
+        Err(error) if error.is_retryable() && lease.is_held() => Ok(()),
+        Err(vlinder_bus::Error::KvConflict { .. }) => Err(Error::Fenced),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn start(created_ms: u64) -> Cursor {
     Cursor {
         created_ms,
@@ -553,12 +568,14 @@ fn start(created_ms: u64) -> Cursor {
 }
 
 /// Waits for a message and takes what else comes until the batch is full or [`LINGER`] has passed.
-/// Cancelled or failed: what was taken is read again.
+/// Cancelled: what was taken is in the batch, and the next call adds to it.
 async fn gather(
     items: &mut BoxStream<'static, Result<Item, Error>>,
     batch: &mut Vec<Item>,
 ) -> Result<(), Error> {
-    batch.push(items.next().await.ok_or_else(stream_ended)??);
+    if batch.is_empty() {
+        batch.push(items.next().await.ok_or_else(stream_ended)??);
+    }
     let linger = tokio::time::sleep(LINGER);
     tokio::pin!(linger);
     while batch.len() < BATCH_ITEMS_MAX {

@@ -408,7 +408,7 @@ impl Repo {
         if epoch != self.epoch {
             return Err(Error::Fenced);
         }
-        let mut edits = Vec::new();
+        let (mut edits, mut head) = (Vec::new(), None);
         {
             let mut query = transaction.prepare_cached(
                 "SELECT s.ref, b.name, b.head FROM branches b JOIN sessions s ON s.id = b.session WHERE b.dirty AND b.head IS NOT NULL",
@@ -428,18 +428,13 @@ impl Repo {
             let session: Option<String> =
                 query.query_row([session], |row| row.get(0)).optional()?;
             if let Some(session) = session {
-                let head = FullName::try_from("HEAD").map_err(git("HEAD is no ref"))?;
-                edits.push(edit(head, Target::Symbolic(ref_name(&session, branch)?)));
+                let name = FullName::try_from("HEAD").map_err(git("HEAD is no ref"))?;
+                head = Some(edit(name, Target::Symbolic(ref_name(&session, branch)?)));
             }
         }
-        if !edits.is_empty() {
-            let wait = Fail::AfterDurationWithBackoff(LOCK_WAIT);
-            let prepared = refs
-                .transaction()
-                .prepare(edits, wait, wait)
-                .map_err(git("cannot lock refs"))?;
-            prepared.commit(None).map_err(git("cannot move refs"))?;
-        }
+        // `HEAD` last: what it names is there.
+        move_refs(&refs, edits)?;
+        move_refs(&refs, head.into_iter().collect())?;
         transaction.execute("UPDATE branches SET dirty = 0 WHERE dirty", [])?;
         for (stream, cursor) in cursors {
             transaction
@@ -461,6 +456,20 @@ pub(crate) struct TurnCommit {
     pub parent: Option<ObjectId>,
 }
 
+/// Moves refs: all of them or, if one cannot be locked, none.
+fn move_refs(refs: &file::Store, edits: Vec<RefEdit>) -> Result<(), Error> {
+    if edits.is_empty() {
+        return Ok(());
+    }
+    let wait = Fail::AfterDurationWithBackoff(LOCK_WAIT);
+    let prepared = refs
+        .transaction()
+        .prepare(edits, wait, wait)
+        .map_err(git("cannot lock refs"))?;
+    prepared.commit(None).map_err(git("cannot move refs"))?;
+    Ok(())
+}
+
 fn edit(name: FullName, new: Target) -> RefEdit {
     RefEdit {
         change: Change::Update {
@@ -473,7 +482,7 @@ fn edit(name: FullName, new: Target) -> RefEdit {
     }
 }
 
-/// Branches have names of a safe alphabet; one that ends like a lock file still gets a ref.
+/// Names of branches have no dot and no slash, so each is a valid component of a ref.
 fn ref_name(session: &str, branch: &str) -> Result<FullName, Error> {
     FullName::try_from(format!("refs/heads/{session}/{branch}"))
         .map_err(git("a branch has no valid ref"))

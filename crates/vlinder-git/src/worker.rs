@@ -77,15 +77,7 @@ async fn write(cx: &WorkerCx, lease: &mut Lease) -> Result<(), Error> {
     let mut follower = Follower::open(cx, cx.data_dir.join(REPOSITORY)).await?;
     cx.control.ready();
     loop {
-        let renew = async || match lease.renew().await {
-            Ok(()) => Ok(()),
-            // An outage: nobody else can have it before it ends.
-            Err(error) if error.is_retryable() && lease.is_held() => Ok(()),
-            Err(error) if error.is_retryable() => Err(error.into()),
-            Err(vlinder_bus::Error::Closed) => Err(vlinder_bus::Error::Closed.into()),
-            Err(_) => Err(Error::Fenced),
-        };
-        match follower.round(renew, RENEW_EVERY).await {
+        match follower.round(lease, RENEW_EVERY).await {
             Ok(()) => {}
             Err(Error::Deleted) => follower.start_over("it was deleted").await?,
             Err(Error::StartOver(reason)) => follower.start_over(reason).await?,

@@ -10,7 +10,8 @@ use vlinder_bus::local::{LocalBus, LocalOptions};
 use vlinder_bus::{Bus, Message, StreamName, Subject};
 use vlinder_core::hash::call_key;
 use vlinder_core::record::{
-    CallResult, CallStatus, End, Invoke, Outcome, Request, SessionEvent, SessionVerb,
+    BranchStart, CallResult, CallStatus, End, Invoke, Outcome, Repair, Request, SessionEvent,
+    SessionVerb,
 };
 use vlinder_core::{
     AgentName, BranchName, Namespace, Node, NodeHash, Selector, SessionId, SubmissionId, WorkerRole,
@@ -61,12 +62,25 @@ fn ns() -> Namespace {
     Namespace::default_ns()
 }
 
+/// A branch that begins at the end of a line.
+fn start_of(line: &Line, name: &str) -> BranchStart {
+    BranchStart {
+        branch: BranchName::new(name).unwrap(),
+        of: line.branch.clone(),
+        from: line.parent,
+        submission: line.previous.clone(),
+    }
+}
+
 fn agent() -> AgentName {
     AgentName::new("echo").unwrap()
 }
 
 impl Bed {
     async fn start() -> Self {
+        // What the worker warns of is shown when a test fails.
+        let log = tracing_subscriber::fmt().with_test_writer().try_init();
+        drop(log);
         let dir = tempfile::tempdir().unwrap();
         let local = LocalBus::open(LocalOptions::new(dir.path().join("bus.db"))).await;
         let bus = Bus::new(local.unwrap());
@@ -129,8 +143,13 @@ impl Bed {
             ns: ns(),
             session: session.clone(),
         };
-        self.append(StreamName::Ctl(ns()), subject, event.to_node(parents), b"")
-            .await
+        self.append(
+            StreamName::Ctl(ns()),
+            subject,
+            event.to_node(parents, b""),
+            b"",
+        )
+        .await
     }
 
     async fn session(&self, id: &str, name: &str) -> Line {
@@ -147,12 +166,7 @@ impl Bed {
 
     async fn fork(&self, line: &Line, name: &str) -> Line {
         let branch = BranchName::new(name).unwrap();
-        let verb = SessionVerb::Fork {
-            branch: branch.clone(),
-            of: line.branch.clone(),
-            from: line.parent,
-            submission: line.previous.clone().unwrap(),
-        };
+        let verb = SessionVerb::Fork(start_of(line, name));
         self.event(&line.session, "x", verb, vec![]).await;
         Line {
             branch,
@@ -160,7 +174,7 @@ impl Bed {
         }
     }
 
-    /// A turn with calls: (operation, request, response).
+    /// A turn with calls: (operation, request, response). Returns its invoke.
     async fn turn(
         &self,
         line: &mut Line,
@@ -168,7 +182,7 @@ impl Bed {
         input: &[u8],
         calls: &[(&str, &[u8], &[u8])],
         reply: &[u8],
-    ) {
+    ) -> NodeHash {
         let (log, submission) = (
             StreamName::Log(ns()),
             SubmissionId::new(submission).unwrap(),
@@ -184,6 +198,7 @@ impl Bed {
             state: None,
             timeout_ms: 60_000,
             origin: None,
+            source: None,
         };
         let subject = Subject::Invoke {
             ns: ns(),
@@ -191,7 +206,7 @@ impl Bed {
             session: line.session.clone(),
             branch: line.branch.clone(),
         };
-        let mut last = self
+        let first = self
             .append(
                 log.clone(),
                 subject,
@@ -199,6 +214,7 @@ impl Bed {
                 input,
             )
             .await;
+        let mut last = first;
         for (k, (operation, body, answer)) in calls.iter().enumerate() {
             let key = call_key("kv", operation, "sqlite", "_", body, k as u64);
             let request = Request {
@@ -267,6 +283,7 @@ impl Bed {
             .await;
         line.previous = Some(submission);
         line.turns += 1;
+        first
     }
 }
 
@@ -429,6 +446,72 @@ async fn a_clone_shows_sessions_as_branches_and_turns_as_commits() {
     worker.stop().await;
 }
 
+/// Forks inside of a turn, repairs and promotions are refs too, and a line that leaves a turn before its
+/// end does not show what that turn said.
+#[tokio::test]
+async fn every_event_that_makes_a_branch_makes_a_ref() {
+    let bed = Bed::start().await;
+    let worker = bed.worker("here", 0);
+    let mut line = bed.session("s-1", "demo").await;
+    let beginning = line.clone();
+    bed.turn(&mut line, "t-1", b"one", &[], b"first").await;
+    let before = line.clone();
+    let invoke = bed.turn(&mut line, "t-2", b"two", &[], b"second").await;
+
+    // Inside of the second turn: without turns of its own, and with one.
+    let cut = Line {
+        parent: invoke,
+        ..line.clone()
+    };
+    bed.fork(&cut, "inside").await;
+    let mut on = bed.fork(&cut, "inside-on").await;
+    bed.turn(&mut on, "t-3", b"three", &[], b"third").await;
+    // Where the session began.
+    let mut anew = bed.fork(&beginning, "anew").await;
+    bed.turn(&mut anew, "t-4", b"one, again", &[], b"other")
+        .await;
+    let repair = Repair {
+        turn: SubmissionId::new("t-2").unwrap(),
+        request: invoke,
+        http: None,
+        content_type: None,
+    };
+    let verb = SessionVerb::Repair(start_of(&before, "fixed"), repair);
+    bed.event(&line.session, "demo", verb, vec![]).await;
+    let verb = SessionVerb::Promote {
+        branch: BranchName::new("fixed").unwrap(),
+        sealed: Some(start_of(&line, "main-2026-11-25")),
+    };
+    bed.event(&line.session, "demo", verb, vec![]).await;
+
+    worker.has("demo/main", 2).await;
+    worker.has("demo/inside", 1).await;
+    worker.has("demo/inside-on", 2).await;
+    worker.has("demo/anew", 1).await;
+    worker.has("demo/fixed", 1).await;
+    worker.has("demo/main-2026-11-25", 2).await;
+    let files = git(
+        &worker.path,
+        &["ls-tree", "-r", "--name-only", "demo/inside-on"],
+    );
+    assert!(files.contains("turns/0003/output.md"), "{files}");
+    assert!(!files.contains("turns/0002"), "{files}");
+    let same = git(&worker.path, &["rev-parse", "demo/main"]);
+    assert_eq!(
+        git(&worker.path, &["rev-parse", "demo/main-2026-11-25"]),
+        same
+    );
+    git(&worker.path, &["fsck", "--strict", "--full"]);
+    let live = git(&worker.path, &["for-each-ref"]);
+    worker.stop().await;
+    let fresh = bed.worker("there", 0);
+    fresh.has("demo/inside-on", 2).await;
+    fresh.has("demo/main-2026-11-25", 2).await;
+    fresh.has("demo/fixed", 1).await;
+    assert_eq!(git(&fresh.path, &["for-each-ref"]), live);
+    fresh.stop().await;
+}
+
 #[tokio::test]
 async fn hostile_content_is_only_content() {
     let bed = Bed::start().await;
@@ -439,7 +522,7 @@ async fn hostile_content_is_only_content() {
         "",
         "twin",
         "twin",
-        "s-5",
+        "s-7",
         ".git",
         "x.lock",
     ];
@@ -457,9 +540,9 @@ async fn hostile_content_is_only_content() {
         bed.turn(&mut line, &format!("t-{index}"), input, &calls, &huge)
             .await;
     }
-    for name in ["s-0", "s-1", "s-2", "twin", "s-4", "s-5", "s-6", "s-7"] {
-        // The session called "s-5" has the name; the one with that id is called otherwise.
-        worker.has(name, 1).await;
+    for name in ["s-0", "s-1", "s-2", "twin", "s-4", "s-7", "s-6", "s-7-2"] {
+        // The session called "s-7" has the name; the one with that id is called otherwise.
+        worker.has(&format!("{name}/main"), 1).await;
     }
     let refs = git(&worker.path, &["for-each-ref", "--format=%(refname)"]);
     assert_eq!(refs.lines().count(), names.len(), "{refs}");
@@ -513,8 +596,8 @@ async fn a_deleted_repository_comes_back_equal_under_load() {
             std::fs::remove_dir_all(&worker.path).unwrap();
         }
         if turn == 40 {
-            // While it writes; what it puts into the directory meanwhile may stay.
-            let _ = std::fs::remove_dir_all(&worker.path);
+            // While it writes; `rm` says so when new files come under it, and removes the others.
+            let _ = Command::new("rm").arg("-rf").arg(&worker.path).output();
         }
     }
     for index in 0..4 {
