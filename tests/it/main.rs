@@ -25,4 +25,5 @@ mod scaffolds;
 mod secrets;
 mod start;
 mod stop;
+mod stores;
 mod turns;
