@@ -33,6 +33,8 @@ pub fn nats_options(config: &Config, name: &str) -> NatsOptions {
         key: queue.nats_key.clone(),
         replicas: queue.replicas as usize,
         max_bytes: queue.max_bytes,
+        keep_replicas: !queue.written.replicas,
+        keep_max_bytes: !queue.written.max_bytes,
         sync_always: queue.sync == QueueSync::Always,
         name: name.to_owned(),
     }

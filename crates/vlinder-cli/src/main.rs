@@ -34,7 +34,14 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let no_colours = cli.global.no_color || env.get("NO_COLOR").is_some_and(|v| !v.is_empty());
-    let out = Out::new(cli.global.output, no_colours);
+    // A command that is not there yet takes whatever follows for its own.
+    let is_json = commands::later(&cli.command).is_some() && wants_json(std::env::args());
+    let output = if is_json {
+        Format::Json
+    } else {
+        cli.global.output
+    };
+    let out = Out::new(output, no_colours);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

@@ -98,8 +98,20 @@ pub struct Queue {
     pub replicas: u32,
     /// Size of the log, in bytes.
     pub max_bytes: u64,
+    /// Which of `replicas` and `max_bytes` somebody wrote: only these change an installation that exists.
+    #[serde(default)]
+    pub written: Written,
     /// What "confirmed" means.
     pub sync: QueueSync,
+}
+
+/// What of the log's shape is not a default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// `queue.replicas`.
+    pub replicas: bool,
+    /// `queue.max_bytes`.
+    pub max_bytes: bool,
 }
 
 /// `state.*`

@@ -127,6 +127,13 @@ impl Settings {
         for section in ["auth", "local", "openai", "s3"] {
             root.entry(section).or_insert_with(|| json!({}));
         }
+        for (key, name) in [
+            ("queue.replicas", "replicas"),
+            ("queue.max_bytes", "max_bytes"),
+        ] {
+            let is_written = self.explicit(key).is_some();
+            insert(&mut root, &["queue", "written", name], is_written.into());
+        }
         if let Some(filter) = env.get("RUST_LOG").filter(|filter| !filter.is_empty()) {
             insert(&mut root, &["logging", "rust_log"], filter.into());
         }

@@ -9,13 +9,15 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vlinder_core::merkle::{Chunks, References};
 use vlinder_core::{ContentHash, NodeHash};
 
 /// How long a write waits for another process that writes. Commits take well below a millisecond;
 /// whoever holds the file longer is stopped or dying.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause between two tries to set up a file that another process sets up.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 /// Pages of the file that SQLite keeps in memory, in KiB.
 const PAGE_CACHE_KIB: i64 = 4 * 1024;
 /// Pages of the write-ahead log after which it is copied into the file, which syncs. 16 MiB: a few
@@ -177,7 +179,17 @@ impl ChunkDb {
             }
             Ok(found)
         };
-        let found = set_up().map_err(failed("cannot set up the store"))?;
+        // Where two workers meet at a new file, the change to WAL refuses one of them at once, whatever the
+        // timeout.
+        let until = Instant::now() + BUSY_TIMEOUT;
+        let found = loop {
+            match set_up() {
+                Err(error) if is_busy(&error) && Instant::now() < until => {
+                    std::thread::sleep(BUSY_PAUSE);
+                }
+                other => break other.map_err(failed("cannot set up the store"))?,
+            }
+        };
         if found > SCHEMA_VERSION {
             return Err(DbError::Newer {
                 path: path.display().to_string(),
@@ -434,6 +446,10 @@ impl ChunkDb {
     }
 }
 
+fn is_busy(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
+}
+
 /// Stores a chunk; one that is there but damaged is mended.
 const INSERT_CHUNK: &str = "INSERT INTO chunks (hash, bytes) VALUES (?1, ?2)
     ON CONFLICT (hash) DO UPDATE SET bytes = excluded.bytes WHERE bytes <> excluded.bytes";
@@ -482,5 +498,26 @@ impl Chunks for Overlay<'_> {
     fn put(&mut self, hash: ContentHash, bytes: &[u8]) -> Result<(), DbError> {
         self.fresh.entry(hash).or_insert_with(|| bytes.to_vec());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_that_meet_at_a_new_file_all_get_it() {
+        for _ in 0..30 {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("stores/new.db");
+            std::thread::scope(|scope| {
+                let opening: Vec<_> = (0..8)
+                    .map(|_| scope.spawn(|| ChunkDb::open(&path).map(|_| ())))
+                    .collect();
+                for opened in opening {
+                    opened.join().unwrap().unwrap();
+                }
+            });
+        }
     }
 }

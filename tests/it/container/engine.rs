@@ -141,6 +141,12 @@ impl Drop for Engine {
             }
             let _ = child.wait();
         }
+        // It mounts its own directory over itself, and leaves that behind.
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+        for target in targets.filter(|target| Path::new(target).starts_with(self.dir.path())) {
+            let _ = Command::new("umount").args(["-l", target]).status();
+        }
     }
 }
 

@@ -62,6 +62,10 @@ pub struct NatsOptions {
     pub replicas: usize,
     /// Limit of a namespace's log in bytes; also of the blob store.
     pub max_bytes: u64,
+    /// Streams that exist keep as many copies as they have.
+    pub keep_replicas: bool,
+    /// Streams that exist keep their limits.
+    pub keep_max_bytes: bool,
     /// `queue.sync = "always"` was asked for. That is the server's to keep (`sync_interval: always`);
     /// it cannot be seen over the protocol, so connecting says so once.
     pub sync_always: bool,
@@ -90,6 +94,8 @@ pub(super) enum Failure {
 pub(super) struct Link {
     pub client: Client,
     pub context: jetstream::Context,
+    /// What of a stream that exists is left as it is.
+    pub kept: &'static [&'static str],
     /// For error messages; carries no credentials.
     pub address: Arc<str>,
     state: watch::Receiver<LinkState>,
@@ -171,6 +177,12 @@ async fn try_connect(options: &NatsOptions) -> Result<(Link, Probe), Error> {
     let link = Link {
         context: jetstream::new(client.clone()),
         client,
+        kept: match (options.keep_replicas, options.keep_max_bytes) {
+            (false, false) => &[],
+            (true, false) => &["num_replicas"],
+            (false, true) => &["max_bytes"],
+            (true, true) => &["num_replicas", "max_bytes"],
+        },
         address: address.into(),
         state,
         up,

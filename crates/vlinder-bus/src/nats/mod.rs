@@ -57,9 +57,13 @@ pub struct NatsBus {
 /// the server is older than 2.11, has no JetStream or refuses the credentials.
 pub async fn connect(options: NatsOptions, deadline: Duration) -> Result<Arc<NatsBus>, Error> {
     let (link, server) = link::connect(&options, deadline).await?;
+    let found = match options.keep_replicas {
+        true => stream::replicas(&link, &StreamName::Sys.as_text()).await?,
+        false => None,
+    };
     Ok(Arc::new(NatsBus {
         link,
-        replicas: options.replicas.max(1),
+        replicas: found.unwrap_or(options.replicas).max(1),
         max_bytes: options.max_bytes,
         server,
         blobs: OnceCell::new(),

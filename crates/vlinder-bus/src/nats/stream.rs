@@ -94,9 +94,13 @@ pub(super) async fn ensure(link: &Link, wanted: Value) -> Result<(), Error> {
     let endpoint = format!("STREAM.INFO.{name}");
     let found: Result<StreamAnswer, ApiError> = link.api(operation, &endpoint, &json!({})).await?;
     let (endpoint, config) = match found {
-        Ok(found) => match differing(&found.config, &wanted) {
+        Ok(found) => match differing(&found.config, &wanted, link.kept) {
             None => return Ok(()),
-            Some(merged) => (format!("STREAM.UPDATE.{name}"), merged),
+            Some(merged) => {
+                let (had, has) = (&found.config["max_bytes"], &merged["max_bytes"]);
+                tracing::info!(stream = name, %had, %has, "the settings of a stream are brought up to date");
+                (format!("STREAM.UPDATE.{name}"), merged)
+            }
         },
         Err(error) if error.is_missing() => (format!("STREAM.CREATE.{name}"), wanted),
         Err(error) => return Err(error.into_error(link, operation, &name)),
@@ -115,13 +119,14 @@ pub(super) async fn ensure(link: &Link, wanted: Value) -> Result<(), Error> {
     })
 }
 
-/// The found configuration with what we want changed; `None` if nothing has to change.
-fn differing(found: &Value, wanted: &Value) -> Option<Value> {
+/// The found configuration with what we want changed, but for what is kept; `None` if nothing has to
+/// change.
+fn differing(found: &Value, wanted: &Value, kept: &[&str]) -> Option<Value> {
     let mut merged = found.clone();
     let mut differs = false;
     for (key, value) in wanted.as_object()? {
         // Cannot be changed after creation.
-        if key == "max_consumers" {
+        if key == "max_consumers" || kept.contains(&key.as_str()) {
             continue;
         }
         let same = found.get(key).is_some_and(|found| match value {
@@ -136,6 +141,18 @@ fn differing(found: &Value, wanted: &Value) -> Option<Value> {
         }
     }
     differs.then_some(merged)
+}
+
+/// How many copies a stream has, if it exists.
+pub(super) async fn replicas(link: &Link, name: &str) -> Result<Option<usize>, Error> {
+    let operation = "ask for a stream";
+    let endpoint = format!("STREAM.INFO.{name}");
+    let found: Result<StreamAnswer, ApiError> = link.api(operation, &endpoint, &json!({})).await?;
+    match found {
+        Ok(found) => Ok(found.config["num_replicas"].as_u64().map(|n| n as usize)),
+        Err(error) if error.is_missing() => Ok(None),
+        Err(error) => Err(error.into_error(link, operation, name)),
+    }
 }
 
 pub(super) async fn answer(link: &Link, name: &str) -> Result<StreamAnswer, Error> {

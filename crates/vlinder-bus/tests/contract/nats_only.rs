@@ -468,6 +468,26 @@ fn copy_files(from: &Path, to: &Path) {
     }
 }
 
+/// A node that says nothing about the shape of the log takes it as it is.
+#[tokio::test]
+async fn defaults_change_no_log_that_exists() {
+    let server = NatsServer::start(CURRENT).await;
+    let first: Arc<NatsBus> = connect(options(server.url()), PATIENCE).await.unwrap();
+    first.ensure_stream(&log()).await.unwrap();
+    let joining = |keep| NatsOptions {
+        keep_max_bytes: keep,
+        keep_replicas: keep,
+        ..nats_options(vec![server.url()], LOG_BYTES / 2, 1)
+    };
+    let joined = connect(joining(true), PATIENCE).await.unwrap();
+    joined.ensure_stream(&log()).await.unwrap();
+    let max_bytes = async || first.stream_info(&log()).await.unwrap().max_bytes;
+    assert_eq!(max_bytes().await, LOG_BYTES);
+    let told = connect(joining(false), PATIENCE).await.unwrap();
+    told.ensure_stream(&log()).await.unwrap();
+    assert_eq!(max_bytes().await, LOG_BYTES / 2);
+}
+
 /// Operators change streams; what is ours is put right, what is theirs stays.
 #[tokio::test]
 async fn limits_are_brought_up_to_date() {

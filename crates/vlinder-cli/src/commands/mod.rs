@@ -102,7 +102,7 @@ pub async fn run(cli: Cli, env: &Env, out: &Out) -> Result<(), Error> {
 }
 
 /// The name of a command that this release does not have yet.
-fn later(command: &Command) -> Option<&'static str> {
+pub(crate) fn later(command: &Command) -> Option<&'static str> {
     Some(match command {
         Command::Why(_) => "why",
         Command::Session(Session::Diff(_)) => "session diff",

@@ -161,6 +161,11 @@ fn commands_of_later_releases_are_neither_listed_nor_unknown() {
             text(&output.stderr).contains("later release"),
             "{args:?}: {output:?}"
         );
+        let output = shell.run(&[args, &["-o", "json"]].concat());
+        assert!(
+            text(&output.stdout).starts_with("{\"error\":"),
+            "{args:?}: {output:?}"
+        );
     }
     let help = shell.run(&["session", "--help"]);
     for hidden in ["diff", "export"] {

@@ -317,9 +317,14 @@ mod tests {
         assert_eq!(post(&infer, "nothing", "x"), Err(Refusal::UnknownService));
         assert_eq!(post(&none, "runtime", "secret"), Ok(Target::Secret));
         assert_eq!(post(&none, "runtime", "progress"), Ok(Target::Progress));
-        let nats = manifest("object_storage='nats://bucket'");
+        for kind in ["nats://bucket", "s3://bucket/prefix"] {
+            let elsewhere = manifest(&format!("object_storage='{kind}'"));
+            let got = post(&elsewhere, "sqlite-kv", "get");
+            assert!(matches!(got, Ok(Target::Store { .. })), "{kind}: {got:?}");
+        }
+        let memory = manifest("object_storage='memory://notes'");
         assert!(matches!(
-            post(&nats, "sqlite-kv", "get"),
+            post(&memory, "sqlite-kv", "get"),
             Err(Refusal::NotBuilt(_))
         ));
     }
