@@ -47,7 +47,9 @@ async fn keeps_count(node: Node) -> Node {
     // A fork sees the past there as well.
     let session = ["session", "get", "s", "-o", "json"];
     let session = node.cli(&session).await.code(0).json();
-    let then = session["turns"][0]["hash"].as_str().unwrap();
+    let turns = session["turns"].as_array().unwrap();
+    let then = turns.iter().find(|turn| turn["output"] == "1").unwrap();
+    let then = then["hash"].as_str().unwrap();
     let fork = ["session", "fork", "s", "--from", then, "--name", "then"];
     node.cli(&fork).await.code(0);
     assert_eq!(counts(&node, "then").await, "2");

@@ -11,7 +11,7 @@ use serde_json::json;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use vlinder_bus::{Body, Stored, Subject};
-use vlinder_core::conversation::{Speaker, has_labels, push_message};
+use vlinder_core::conversation::{Speaker, push_message};
 use vlinder_core::record::{End, Invoke, Outcome};
 use vlinder_core::{NodeHash, SubmissionId};
 use vlinder_worker::WorkerCx;
@@ -79,10 +79,9 @@ impl History {
         }
     }
 
-    /// The body of `/invoke` as text (interfaces.md §5). The very first turn is the bare input, unless
-    /// that could be taken for a conversation.
+    /// The body of `/invoke` as text (interfaces.md §5). The very first turn is the bare input.
     pub fn as_text(&self, input: &Bytes) -> Bytes {
-        if self.messages.is_empty() && !has_labels(&String::from_utf8_lossy(input)) {
+        if self.messages.is_empty() {
             return input.clone();
         }
         let mut text =
